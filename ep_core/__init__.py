@@ -1,0 +1,33 @@
+"""entropyprune core: which visual tokens a vision-language model may drop, whatever the engine."""
+
+from ep_core.budget import DecoderShape, FlopsReduction, Keep, LayerAverage
+from ep_core.entropy import matrix_entropy
+from ep_core.errors import (
+    BudgetError,
+    EntropyPruneError,
+    PluginError,
+    PolicyError,
+    UnsupportedError,
+)
+from ep_core.policy import PruningPolicy
+from ep_core.selectors import Selector, SpanInputs
+from ep_core.spans import VisualSpan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError",
+    "DecoderShape",
+    "EntropyPruneError",
+    "FlopsReduction",
+    "Keep",
+    "LayerAverage",
+    "PluginError",
+    "PolicyError",
+    "PruningPolicy",
+    "Selector",
+    "SpanInputs",
+    "UnsupportedError",
+    "VisualSpan",
+    "matrix_entropy",
+]

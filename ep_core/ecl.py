@@ -1,0 +1,162 @@
+"""The Entropy Collapse Layer: at which layer the visual tokens' entropy drops, if it does.
+
+The paper prunes where the matrix entropy of the visual tokens drops sharply and names no rule
+for finding that layer; the rule here is ours. It may answer "none": then the configured layer
+stands.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ep_core.errors import EntropyPruneError
+
+BOOTSTRAP_RESAMPLES = 1000
+MIN_SAMPLES = 4
+MIN_SHARE_OF_RESAMPLES = 0.95
+MIN_SHARE_OF_SAMPLES = 0.6
+MIN_STANDARD_DROP = 3.0
+
+
+@dataclass(frozen=True)
+class EntropyProfile:
+    """Matrix entropy of visual tokens entering each layer, over a calibration set.
+
+    Attributes:
+        model: what was measured.
+        entropies: `[samples][layers]`, each in [0, 1]; sample s, layer l is the entropy of one
+            picture's tokens at the input of layer l (see `ep_core.entropy.layer_entropy`).
+    """
+
+    model: str
+    entropies: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        widths = {len(sample) for sample in self.entropies}
+        if len(widths) != 1 or min(widths) < 3:
+            raise EntropyPruneError(
+                "an entropy profile needs at least one sample and the same 3 or more layers in "
+                f"each, got {len(self.entropies)} samples of {sorted(widths)} layers"
+            )
+
+    def to_json(self) -> str:
+        """The profile as JSON text; `from_json` reads it back unchanged."""
+        return json.dumps({"model": self.model, "entropies": self.entropies}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> EntropyProfile:
+        """Read what `to_json` wrote."""
+        try:
+            value: dict[str, Any] = json.loads(text)
+            return cls(value["model"], tuple(tuple(map(float, s)) for s in value["entropies"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise EntropyPruneError(f"this is no entropy profile: {error!r}") from None
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """What the finder says of a profile.
+
+    Attributes:
+        layer: the collapse layer, to be used as `layer=` in a policy, or None.
+        candidate: the layer with the largest median drop, accepted or not.
+        drop: that drop of entropy between the inputs of layers `candidate - 1` and `candidate`.
+        standard_drop: the drop in robust standard deviations of the other layers' drops.
+        share_of_resamples: bootstrap resamples of the samples that pick the same layer.
+        share_of_samples: samples in which the entropy falls there.
+        reason: why the candidate was accepted or not.
+    """
+
+    layer: int | None
+    candidate: int
+    drop: float
+    standard_drop: float
+    share_of_resamples: float
+    share_of_samples: float
+    reason: str
+
+
+def find_collapse_layer(profile: EntropyProfile, *, seed: int = 0) -> Collapse:
+    """Find the layer before which the entropy drops most, or say that none stands out.
+
+    The drop of a layer is the median over samples, standardised by the median absolute deviation
+    of the other layers' drops. The largest is accepted if it is positive in at least
+    60 % of the samples, at least 3 standard deviations, and the same in at least 95 % of 1000
+    bootstrap resamples of the samples. Fewer than 4 samples are never enough.
+    """
+    values = np.array(profile.entropies)  # [S, L]
+    drops = values[:, :-1] - values[:, 1:]  # [S, L-1], column l-1 is the drop before layer l
+    median = np.median(drops, axis=0)
+    best = int(median.argmax())
+    others = np.delete(median, best)
+    spread = 1.4826 * float(np.median(np.abs(others - np.median(others)))) + 1e-12
+    standard_drop = float((median[best] - np.median(others)) / spread)
+    samples = len(values)
+    resamples = np.random.default_rng(seed).integers(0, samples, (BOOTSTRAP_RESAMPLES, samples))
+    picks = np.median(drops[resamples], axis=1).argmax(axis=1)
+    share_of_resamples = float((picks == best).mean())
+    share_of_samples = float((drops[:, best] > 0).mean())
+    refusals = [
+        (samples < MIN_SAMPLES, f"{samples} samples are too few, {MIN_SAMPLES} are needed"),
+        (median[best] <= 0, "the entropy falls before no layer"),
+        (
+            standard_drop < MIN_STANDARD_DROP,
+            f"the drop is {standard_drop:.1f} standard deviations of the other layers' drops, "
+            f"{MIN_STANDARD_DROP:.0f} are needed",
+        ),
+        (
+            share_of_samples < MIN_SHARE_OF_SAMPLES,
+            f"the entropy falls there in {share_of_samples:.0%} of the samples, "
+            f"{MIN_SHARE_OF_SAMPLES:.0%} are needed",
+        ),
+        (
+            share_of_resamples < MIN_SHARE_OF_RESAMPLES,
+            f"{share_of_resamples:.0%} of the bootstrap resamples agree, "
+            f"{MIN_SHARE_OF_RESAMPLES:.0%} are needed",
+        ),
+    ]
+    reasons = [reason for refused, reason in refusals if refused]
+    return Collapse(
+        layer=None if reasons else best + 1,
+        candidate=best + 1,
+        drop=float(median[best]),
+        standard_drop=standard_drop,
+        share_of_resamples=share_of_resamples,
+        share_of_samples=share_of_samples,
+        reason="; ".join(reasons) if reasons else "it stands out and the resamples agree",
+    )
+
+
+def plot_profile(profile: EntropyProfile, collapse: Collapse, path: Path) -> None:
+    """Draw the profile with its quartiles and the finding. Needs matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    values = np.array(profile.entropies)
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
+    layers: Sequence[int] = range(values.shape[1])
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(layers, values.T, color="0.8", linewidth=0.7)
+    axes.fill_between(layers, low, high, alpha=0.3, label="middle half of the pictures")
+    axes.plot(layers, middle, marker="o", label="median")
+    if collapse.layer is not None:
+        axes.axvline(collapse.layer, color="C3", linestyle="--", label=f"layer={collapse.layer}")
+        verdict = f"collapse layer {collapse.layer}"
+    else:
+        verdict = "no collapse layer"
+    axes.set(
+        xlabel="entering layer",
+        ylabel="matrix entropy of the visual tokens",
+        title=f"{profile.model}: {verdict} ({len(values)} pictures)",
+        xticks=list(layers),
+    )
+    axes.legend()
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,173 @@
+"""Matrix entropy: of one token's heads (the score), of a set of tokens, of a layer.
+
+Formulas: EntropyPrune (arXiv 2602.17196) and the code its authors released; docs/method.md sets
+the two side by side. Matrix products run in float64, which no TF32 or bfloat16 matmul switch
+reaches: the same input gives the same ranking whatever the host has set.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+
+from ep_core.errors import EntropyPruneError
+
+Normalize = Literal["rows", "none", "trace"]
+NORMALIZATIONS: tuple[Normalize, ...] = ("rows", "none", "trace")
+
+RELEASED_EIGENVALUE_FLOOR = 1e-10
+
+
+def matrix_entropy(
+    q: torch.Tensor,
+    normalize: Normalize | None = None,
+    compat: Literal["released"] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Score each token by the matrix entropy of its heads' query states.
+
+    With `X` the token's queries centred over the heads and `A = X X^T / H` (the dual of the
+    `D x D` covariance, same non-zero spectrum), the score is `-sum(l ln l) / ln H` over the
+    eigenvalues `l` of `A`, in nats relative to `ln H`, with `0 ln 0 = 0`.
+
+    Args:
+        q: `[N, H, D]` query states, any floating dtype, any device. Before or after RoPE: all
+            heads of a token turn by the same rotation, which leaves `A` unchanged.
+        normalize: what is scaled before the entropy is taken.
+            `"rows"`: each centred head to unit L2 norm. A von Neumann entropy, scale free,
+            in `[0, ln(H-1)/ln H]` when no centred head is zero. The paper's text.
+            `"none"`: nothing. Depends on scale and has no bound: large queries score far below
+            zero. What the released code runs.
+            `"trace"`: `A` by its trace. Scale free, in `[0, ln(H-1)/ln H]`.
+            Default: `"rows"`, or `"none"` under `compat="released"`.
+        compat: `"released"` repeats the released arithmetic to the digit: centring in the dtype
+            of `q`, float64 from there on, eigenvalues clamped below at 1e-10.
+        dtype: precision of the eigenvalues, float32 (fast) or float64 (reference). The Gram
+            product and the logarithms are float64 either way.
+
+    Returns:
+        `[N]` float32 scores. A token with a NaN or infinite query scores `-inf`, so it ranks
+        last, and changes no other token's score.
+
+    Raises:
+        EntropyPruneError: `q` is not a floating `[N, H >= 2, D >= 1]` tensor, or an option is
+            unknown.
+    """
+    _check_queries(q)
+    if normalize is None:
+        normalize = "none" if compat == "released" else "rows"
+    if normalize not in NORMALIZATIONS:
+        raise EntropyPruneError(f"normalize={normalize!r}: allowed are 'rows', 'none', 'trace'")
+    if compat not in (None, "released"):
+        raise EntropyPruneError(f"compat={compat!r}: allowed are None and 'released'")
+    if compat == "released" and normalize != "none":
+        raise EntropyPruneError(
+            f"compat='released' with normalize={normalize!r}: the released code normalises "
+            "nothing; use normalize='none'"
+        )
+    if dtype not in (torch.float32, torch.float64):
+        raise EntropyPruneError(f"dtype={dtype}: allowed are torch.float32 and torch.float64")
+
+    heads = q.shape[1]
+    finite = torch.isfinite(q).flatten(1).all(dim=1)  # [N]
+    # eigvalsh fails for the whole batch on one NaN, so such tokens are scored as zeros first
+    q = torch.where(finite[:, None, None], q, torch.zeros_like(q))
+    if compat == "released":
+        x = (q - q.mean(dim=1, keepdim=True)).double()
+        eigenvalues = torch.linalg.eigvalsh(x @ x.mT / heads).clamp_min(RELEASED_EIGENVALUE_FLOOR)
+        entropy = -(eigenvalues * eigenvalues.log()).sum(dim=1)
+    else:
+        x = q.double()
+        x = x - x.mean(dim=1, keepdim=True)
+        if normalize == "rows":
+            x = _unit_rows(x)
+        entropy = _gram_entropy(x @ x.mT / heads, unit_trace=normalize == "trace", dtype=dtype)
+    score = entropy / math.log(heads)
+    return torch.where(finite, score, -math.inf).float()
+
+
+def layer_entropy(hidden: torch.Tensor) -> float:
+    """Matrix entropy of a span's tokens as a set: how spread out a layer's visual states are.
+
+    Rows are centred over the tokens and scaled to unit norm; the von Neumann entropy of their
+    trace-normalised Gram matrix is divided by `ln min(N, d)`. Used to find the layer at which
+    the entropy collapses (see `ep_core.ecl`).
+
+    Args:
+        hidden: `[N, d]` hidden states of one span, any floating dtype, N >= 2.
+
+    Returns:
+        A number in `[0, 1]`: 0 when all tokens are alike, 1 when all directions are equally used.
+    """
+    if hidden.ndim != 2 or min(hidden.shape) < 2:
+        raise EntropyPruneError(
+            f"layer_entropy needs hidden states [N >= 2, d >= 2], got {list(hidden.shape)}"
+        )
+    x = hidden.double()
+    x = _unit_rows(x - x.mean(dim=0, keepdim=True))
+    gram = x @ x.mT if x.shape[0] <= x.shape[1] else x.mT @ x
+    entropy = _gram_entropy(gram[None], unit_trace=True, dtype=torch.float64)
+    return float(entropy) / math.log(gram.shape[0])
+
+
+def cosine_gram(hidden: torch.Tensor) -> torch.Tensor:
+    """Gram matrix of the tokens' directions, `[N, d] -> [N, N]` float32.
+
+    Entry `(i, j)` is the cosine of tokens i and j. The product is float64, rounded once. The row
+    and column of a zero or non-finite token are NaN: it has no direction.
+    """
+    x = hidden.double()
+    norm = x.norm(dim=1, keepdim=True)
+    usable = torch.isfinite(norm) & (norm > 0)
+    x = torch.where(usable, x / norm, math.nan)
+    return (x @ x.mT).float()
+
+
+def renyi2_entropy(gram: torch.Tensor) -> float:
+    """Matrix-based Renyi-2 entropy of a set, `-ln tr((G / n)^2)` in nats.
+
+    Args:
+        gram: `[n, n]` cosine Gram matrix of the set (see `cosine_gram`).
+
+    Returns:
+        A number in `[0, ln n]`: 0 when all are alike, `ln n` when all are orthogonal.
+    """
+    return -math.log(float((gram.double() / gram.shape[0]).square().sum()))
+
+
+def _check_queries(q: torch.Tensor) -> None:
+    if q.ndim != 3:
+        raise EntropyPruneError(
+            f"queries must be [tokens, heads, head_dim], got shape {list(q.shape)}"
+        )
+    if not q.is_floating_point():
+        raise EntropyPruneError(f"queries must be floating point, got {q.dtype}")
+    if q.shape[1] < 2:
+        raise EntropyPruneError(
+            f"matrix entropy compares heads and needs at least 2, got {q.shape[1]}"
+        )
+    if q.shape[2] < 1:
+        raise EntropyPruneError("queries have an empty head_dim")
+
+
+def _unit_rows(x: torch.Tensor) -> torch.Tensor:
+    norm = x.norm(dim=-1, keepdim=True)
+    return torch.where(norm > 0, x / norm, 0.0)
+
+
+def _gram_entropy(gram: torch.Tensor, *, unit_trace: bool, dtype: torch.dtype) -> torch.Tensor:
+    """`-sum(l ln l)` of each `[N, n, n]` float64 Gram matrix, `[N]` float64.
+
+    The spectrum is taken at unit trace, where float32 eigenvalues are accurate, and scaled back
+    by `S(T A) = T S(A) - T ln T`.
+    """
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    scale = torch.where(trace > 0, trace, 1.0)
+    eigenvalues = torch.linalg.eigvalsh((gram / scale[:, None, None]).to(dtype)).double()
+    entropy = torch.special.entr(eigenvalues.clamp_min(0)).sum(dim=-1)
+    if unit_trace:
+        return entropy
+    return trace * entropy + torch.special.entr(trace)
