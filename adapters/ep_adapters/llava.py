@@ -1,0 +1,62 @@
+"""LLaVA-1.5: every picture takes the same number of tokens and may touch the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ep_core.adapter import Config, ModelAdapter
+from ep_core.errors import UnsupportedError
+from ep_core.spans import VisualSpan, runs_of
+
+from ep_adapters.decoder import decoder_shape, query_norm
+
+# towers with one patch grid for every picture; others (Pixtral) size it by the picture
+FIXED_GRID_TOWERS = ("clip_vision_model", "siglip_vision_model")
+
+
+def find_spans(config: Config, token_ids: Sequence[int]) -> list[VisualSpan]:
+    """Runs of image tokens, cut into pictures of equal size: nothing stands between two."""
+    size = tokens_per_picture(config)
+    spans = []
+    for run in runs_of(token_ids, _image_token(config)):
+        if len(run) % size:
+            raise UnsupportedError(
+                f"a run of {len(run)} image tokens is no multiple of {size}, the tokens of one "
+                "picture; was the prompt expanded by the checkpoint's own processor?"
+            )
+        spans += [VisualSpan(at, at + size) for at in range(run.start, run.stop, size)]
+    return spans
+
+
+def tokens_per_picture(config: Config) -> int:
+    """Tokens of one picture: its patches, and the class token where that is kept too."""
+    vision = config["vision_config"]
+    if vision["model_type"] not in FIXED_GRID_TOWERS:
+        raise UnsupportedError(
+            f"LLaVA with a {vision['model_type']} tower is not supported; supported are "
+            f"{', '.join(FIXED_GRID_TOWERS)}"
+        )
+    patches: int = (vision["image_size"] // vision["patch_size"]) ** 2
+    has_class_token = vision["model_type"] == "clip_vision_model"
+    keeps_it = config.get("vision_feature_select_strategy", "default") == "full"
+    return patches + (1 if has_class_token and keeps_it else 0)
+
+
+def _image_token(config: Config) -> int:
+    # config.json says image_token_index in files older than transformers 4.5x
+    token = config.get("image_token_id", config.get("image_token_index"))
+    if token is None:
+        raise UnsupportedError("config.json names no image token (image_token_id)")
+    return int(token)
+
+
+ADAPTER = ModelAdapter(
+    model_type="llava",
+    family="LLaVA-1.5",
+    default_layer=2,
+    default_layer_source="constant for LLaVA-1.5-7B in the released code of arXiv 2602.17196",
+    find_spans=find_spans,
+    decoder_shape=decoder_shape,
+    query_norm=query_norm,
+    cut_along=("position_embeddings", "position_ids"),
+)

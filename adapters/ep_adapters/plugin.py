@@ -1,0 +1,14 @@
+"""The adapters that ship with entropyprune."""
+
+from __future__ import annotations
+
+from ep_core.adapter import ModelAdapter
+from ep_core.hookspecs import hookimpl
+
+from ep_adapters import llava, qwen2_5_vl
+
+
+@hookimpl
+def entropyprune_adapters() -> list[ModelAdapter]:
+    """One adapter for each family."""
+    return [llava.ADAPTER, qwen2_5_vl.ADAPTER]
