@@ -1,0 +1,1 @@
+"""Backends: one package for each engine, importing that engine only."""

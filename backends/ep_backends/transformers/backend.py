@@ -1,0 +1,218 @@
+"""The transformers backend: the contract of `ep_core.backend` over `enable`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import transformers
+from PIL import Image
+
+from ep_backends.transformers.ledger import POINTS
+from ep_backends.transformers.processor import load_processor
+from ep_backends.transformers.pruner import Row, choose, enable
+from ep_core.backend import Answer, Capabilities, KVSlots, Request
+from ep_core.entropy import layer_entropy
+from ep_core.errors import EntropyPruneError, UnsupportedError
+from ep_core.patching import PointStatus, check_point
+from ep_core.plugins import registry
+from ep_core.policy import PruningPolicy
+from ep_core.report import RequestRecord
+from ep_core.spans import VisualSpan
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+
+class TransformersBackend:
+    """Plain transformers in this process."""
+
+    capabilities = Capabilities(
+        batch=True,
+        multi_image=True,
+        multi_turn=True,
+        kv_savings=True,
+        logits=True,
+        layer_entropies=True,
+        cpu=True,
+        cuda=True,
+    )
+
+    def versions(self) -> Mapping[str, str]:
+        """Versions of what the results depend on."""
+        return {"transformers": version("transformers"), "torch": version("torch")}
+
+    def probe(self) -> Sequence[PointStatus]:
+        """Check each attach point against the installed transformers."""
+        return [check_point(point) for point in POINTS]
+
+    def select(
+        self,
+        method: str,
+        spans: Sequence[VisualSpan],
+        keep: Sequence[int],
+        *,
+        queries: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+        device: str = "cpu",
+    ) -> list[list[int]]:
+        """Select as the hooks do, with the prompt as the only row of a batch."""
+        row = Row(spans, keep)
+        choose(
+            registry().selector(method),
+            [row],
+            queries=None if queries is None else queries[None].to(device),
+            hidden=None if hidden is None else hidden[None].to(device),
+        )
+        return [list(span.kept) for span in row.record().spans]
+
+    def open(
+        self,
+        model: Path,
+        policy: PruningPolicy | None,
+        *,
+        device: str = "cpu",
+        dtype: str | None = None,
+    ) -> TransformersSession:
+        """Load a checkpoint with `AutoModelForImageTextToText`."""
+        return TransformersSession(model, policy, device, dtype)
+
+
+class TransformersSession:
+    """A loaded model; see `ep_core.backend.Session`."""
+
+    def __init__(
+        self, model: Path, policy: PruningPolicy | None, device: str, dtype: str | None
+    ) -> None:
+        _check_checkpoint(model)
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UnsupportedError(f"device {device!r} is not available here; use cpu")
+        if dtype is not None and dtype not in DTYPES:
+            raise UnsupportedError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        self.model = transformers.AutoModelForImageTextToText.from_pretrained(
+            model, dtype="auto" if dtype is None else DTYPES[dtype]
+        )
+        self.model.to(device).eval()
+        self.processor = load_processor(model)
+        self.pruning = None if policy is None else enable(self.model, policy)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.pruning is not None:
+            self.pruning.disable()
+        del self.model
+
+    def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer the requests as one batch, padded on the left."""
+        inputs = self._encode(requests)
+        with torch.inference_mode():
+            output = self.model.generate(
+                **inputs,
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=max(request.max_new_tokens for request in requests),
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        new = output.sequences[:, inputs["input_ids"].shape[1] :]
+        logits = torch.stack(output.logits, dim=1).float().cpu()  # [B, steps, V]
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        records = self._records(inputs)
+        kv = self._prompt_slots(output.past_key_values, inputs["input_ids"].shape[1])
+        answers = []
+        for i, request in enumerate(requests):
+            ids = self._until_end(new[i].tolist()[: request.max_new_tokens])
+            answers.append(
+                Answer(
+                    output_ids=tuple(ids),
+                    text=self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                    prompt_tokens=lengths[i],
+                    spans=records[i].spans,
+                    kv=kv,
+                    reason=records[i].reason,
+                    logits=logits[i, : len(ids)],
+                )
+            )
+        return answers
+
+    def layer_entropies(self, request: Request) -> list[list[float]]:
+        """Matrix entropy of each picture's tokens entering each layer, unpruned."""
+        if self.pruning is not None:
+            raise UnsupportedError("layer entropies are measured without a policy")
+        inputs = self._encode([request])
+        with torch.inference_mode():
+            states = self.model(**inputs, output_hidden_states=True).hidden_states
+        # the last state comes after the final norm and is no layer's input
+        return [
+            [layer_entropy(state[0, span.start : span.stop]) for state in states[:-1]]
+            for span in self._spans(inputs["input_ids"][0].tolist())
+        ]
+
+    def _encode(self, requests: Sequence[Request]) -> Any:
+        inputs = self.processor.apply_chat_template(
+            [[{"role": "user", "content": _parts(request)}] for request in requests],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"padding": True, "return_tensors": "pt"},
+        )
+        inputs = inputs.to(self.model.device)
+        return {
+            key: value.to(self.model.dtype) if value.is_floating_point() else value
+            for key, value in inputs.items()
+        }
+
+    def _records(self, inputs: Any) -> list[RequestRecord]:
+        if self.pruning is not None:
+            return self.pruning.records
+        return [RequestRecord(reason="no policy is set") for _ in inputs["input_ids"]]
+
+    def _prompt_slots(self, cache: Any, prompt_columns: int) -> KVSlots:
+        generated = cache.get_seq_length() - prompt_columns
+        layer = self.pruning.policy.layer if self.pruning is not None else 0
+        return KVSlots(prompt_columns, cache.get_seq_length(layer) - generated)
+
+    def _spans(self, token_ids: list[int]) -> list[VisualSpan]:
+        config = self.model.config.to_dict()
+        return registry().adapter(config["model_type"]).find_spans(config, token_ids)
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        for i, token in enumerate(ids):
+            if token in ends:
+                return ids[: i + 1]
+        return ids
+
+
+def _parts(request: Request) -> list[dict[str, Any]]:
+    return [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image", "image": Image.open(part).convert("RGB")}
+        for part in request.content
+    ]
+
+
+def _check_checkpoint(model: Path) -> None:
+    """Fail early, in one line, for folders that hold no supported checkpoint."""
+    try:
+        config = json.loads((model / "config.json").read_text())
+    except FileNotFoundError:
+        raise EntropyPruneError(
+            f"{model} is no checkpoint folder: it has no config.json"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise EntropyPruneError(f"{model}/config.json is not valid JSON: {error}") from None
+    registry().adapter(config.get("model_type", ""))

@@ -1,0 +1,70 @@
+"""Loading a checkpoint's processor, with or without torchvision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from ep_core.errors import UnsupportedError
+
+
+def load_processor(model: Path) -> Any:
+    """The checkpoint's own processor, padding on the left.
+
+    transformers' processors of video models need torchvision even for pictures. Where it is not
+    installed, the same processor class is put together for pictures only, with the Pillow
+    variant of its image processor.
+    """
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(model)
+    except ImportError:
+        processor = _pictures_only(model)
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def _pictures_only(model: Path) -> Any:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    settings = _settings(model)
+    name = settings.get("processor_class") or tokenizer.init_kwargs.get("processor_class")
+    image_settings = settings.get("image_processor", settings)
+    image_class = str(image_settings.get("image_processor_type", "")).removesuffix("Fast")
+    base = getattr(transformers, name or "", None)
+    image_base = getattr(transformers, f"{image_class}Pil", None)
+    if base is None or image_base is None:
+        raise UnsupportedError(
+            f"the processor of {model} needs torchvision: run pip install torchvision"
+        )
+
+    class PicturesOnly(base):  # type: ignore[misc, valid-type]  # a class found by name
+        """The checkpoint's processor without its video half."""
+
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if argument is not None:
+                return super().check_argument_for_proper_class(argument_name, argument)
+            return None
+
+    image_processor = image_base.from_pretrained(model)
+    keywords = {
+        key: value
+        for key, value in settings.items()
+        if key not in ("processor_class", "image_processor", "video_processor", "chat_template")
+    }
+    if "image_processor" not in settings:  # an older layout: the file is the image processor's
+        keywords = {}
+    return PicturesOnly(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+        **keywords,
+    )
+
+
+def _settings(model: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (model / name).is_file():
+            settings |= json.loads((model / name).read_text())
+    return settings
