@@ -16,6 +16,20 @@ Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class PatchGrid:
+    """How a picture's tokens lie on the picture, row by row.
+
+    Attributes:
+        rows, columns: the grid; token i is at row `i // columns`, column `i % columns`.
+        box: `(left, top, right, bottom)` in pixels of the picture that the grid covers.
+    """
+
+    rows: int
+    columns: int
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
 class ModelAdapter:
     """A model family.
 
@@ -29,6 +43,7 @@ class ModelAdapter:
         decoder_shape: `config -> DecoderShape` of the language model.
         query_norm: `config -> bool`: are queries normalised per head after the projection? Then
             the score reads the normalised ones. Queries are read after the bias and before RoPE.
+        patch_grid: `(config, tokens of a picture, (width, height)) -> PatchGrid`.
         cut_along: what else a decoder layer receives with one entry for each token, by the
             names of the family's reference implementation; cut with the hidden states.
     """
@@ -40,4 +55,5 @@ class ModelAdapter:
     find_spans: Callable[[Config, Sequence[int]], list[VisualSpan]]
     decoder_shape: Callable[[Config], DecoderShape]
     query_norm: Callable[[Config], bool]
+    patch_grid: Callable[[Config, int, tuple[int, int]], PatchGrid]
     cut_along: tuple[str, ...]

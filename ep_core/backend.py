@@ -1,7 +1,7 @@
-"""The contract of a backend: what an engine offers to the CLI, the conformance suite and benchmarks.
+"""The contract of a backend: what an engine offers to everything that uses one.
 
-All three use one door: `Backend.open(...)` gives a `Session`, whose `generate` answers requests
-and says what was pruned.
+The CLI, the conformance suite and the benchmarks use one door: `Backend.open(...)` gives a
+`Session`, whose `generate` answers requests and says what was pruned.
 """
 
 from __future__ import annotations

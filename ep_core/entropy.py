@@ -166,8 +166,9 @@ def _gram_entropy(gram: torch.Tensor, *, unit_trace: bool, dtype: torch.dtype) -
     """
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
     scale = torch.where(trace > 0, trace, 1.0)
-    eigenvalues = torch.linalg.eigvalsh((gram / scale[:, None, None]).to(dtype)).double()
-    entropy = torch.special.entr(eigenvalues.clamp_min(0)).sum(dim=-1)
-    if unit_trace:
-        return entropy
-    return trace * entropy + torch.special.entr(trace)
+    spectrum = torch.linalg.eigvalsh((gram / scale[:, None, None]).to(dtype))
+    spectrum = spectrum.double().clamp_min(0)  # rounding can leave a zero slightly negative
+    entropy: torch.Tensor = -torch.special.xlogy(spectrum, spectrum).sum(dim=-1)
+    if not unit_trace:
+        entropy = trace * entropy - torch.special.xlogy(trace, trace)
+    return entropy

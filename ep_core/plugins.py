@@ -85,8 +85,9 @@ def collect(manager: pluggy.PluginManager) -> Registry:
         found: dict[str, Any] = {}
         for implementation in hook.get_hookimpls():
             plugin = implementation.plugin_name
+            provide: Callable[[], Any] = implementation.function
             try:
-                items = list(implementation.function())
+                items: list[Any] = list(provide())
                 names = [key(item) for item in items]
             except Exception as error:  # as above: a stranger's code
                 _warn_left_out(plugin, error)

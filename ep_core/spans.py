@@ -99,9 +99,6 @@ def select(
     """
     chosen = []
     for span, k in zip(spans, keep, strict=True):
-        if k == len(span):
-            chosen.append(torch.arange(k, device=(queries if hidden is None else hidden).device))
-            continue
         window = slice(span.start, span.stop)
         inputs = SpanInputs(
             queries=None if queries is None else queries[window],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from ep_core.adapter import Config, ModelAdapter
+from ep_adapters.decoder import decoder_shape, query_norm
+from ep_core.adapter import Config, ModelAdapter, PatchGrid
 from ep_core.errors import UnsupportedError
 from ep_core.spans import VisualSpan, runs_of
-
-from ep_adapters.decoder import decoder_shape, query_norm
 
 # towers with one patch grid for every picture; others (Pixtral) size it by the picture
 FIXED_GRID_TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -42,6 +42,16 @@ def tokens_per_picture(config: Config) -> int:
     return patches + (1 if has_class_token and keeps_it else 0)
 
 
+def patch_grid(config: Config, tokens: int, size: tuple[int, int]) -> PatchGrid:
+    """The square grid on the centre of the picture: the processor crops the rest."""
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise UnsupportedError(f"{tokens} tokens, the class token among them, form no grid")
+    width, height = size
+    left, top = max(0, width - height) / 2, max(0, height - width) / 2
+    return PatchGrid(side, side, (left, top, width - left, height - top))
+
+
 def _image_token(config: Config) -> int:
     # config.json says image_token_index in files older than transformers 4.5x
     token = config.get("image_token_id", config.get("image_token_index"))
@@ -58,5 +68,6 @@ ADAPTER = ModelAdapter(
     find_spans=find_spans,
     decoder_shape=decoder_shape,
     query_norm=query_norm,
+    patch_grid=patch_grid,
     cut_along=("position_embeddings", "position_ids"),
 )

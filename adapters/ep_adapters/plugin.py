@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from ep_adapters import llava, qwen2_5_vl
 from ep_core.adapter import ModelAdapter
 from ep_core.hookspecs import hookimpl
-
-from ep_adapters import llava, qwen2_5_vl
 
 
 @hookimpl

@@ -1,10 +1,10 @@
 """Visual-token pruning in plain transformers models.
 
-    from ep_backends.transformers import enable
+from ep_backends.transformers import enable
 
-    with enable(model, "layer=2,keep=0.25") as pruning:
-        model.generate(**inputs)
-        print(pruning.records)
+with enable(model, "layer=2,keep=0.25") as pruning:
+    model.generate(**inputs)
+    print(pruning.records)
 """
 
 from ep_backends.transformers.pruner import Pruning, enable

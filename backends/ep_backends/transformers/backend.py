@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +16,9 @@ from ep_backends.transformers.ledger import POINTS
 from ep_backends.transformers.processor import load_processor
 from ep_backends.transformers.pruner import Row, choose, enable
 from ep_core.backend import Answer, Capabilities, KVSlots, Request
+from ep_core.checkpoint import read_config
 from ep_core.entropy import layer_entropy
-from ep_core.errors import EntropyPruneError, UnsupportedError
+from ep_core.errors import UnsupportedError
 from ep_core.patching import PointStatus, check_point
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
@@ -88,7 +88,7 @@ class TransformersSession:
     def __init__(
         self, model: Path, policy: PruningPolicy | None, device: str, dtype: str | None
     ) -> None:
-        _check_checkpoint(model)
+        registry().adapter(read_config(model)["model_type"])
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UnsupportedError(f"device {device!r} is not available here; use cpu")
         if dtype is not None and dtype not in DTYPES:
@@ -203,16 +203,3 @@ def _parts(request: Request) -> list[dict[str, Any]]:
         else {"type": "image", "image": Image.open(part).convert("RGB")}
         for part in request.content
     ]
-
-
-def _check_checkpoint(model: Path) -> None:
-    """Fail early, in one line, for folders that hold no supported checkpoint."""
-    try:
-        config = json.loads((model / "config.json").read_text())
-    except FileNotFoundError:
-        raise EntropyPruneError(
-            f"{model} is no checkpoint folder: it has no config.json"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise EntropyPruneError(f"{model}/config.json is not valid JSON: {error}") from None
-    registry().adapter(config.get("model_type", ""))

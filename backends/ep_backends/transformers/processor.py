@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+
 from ep_core.errors import UnsupportedError
 
 

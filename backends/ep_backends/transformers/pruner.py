@@ -92,7 +92,7 @@ class Row:
 
     def record(self) -> RequestRecord:
         """What happened, on the host."""
-        kept = [k.tolist() for k in self.kept] or [range(len(span)) for span in self.spans]
+        kept = [k.tolist() for k in self.kept] or [list(range(len(s))) for s in self.spans]
         return RequestRecord(
             tuple(
                 SpanRecord(self.first + span.start, self.first + span.stop, tuple(indices))
@@ -208,6 +208,7 @@ class Pruning:
         setattr(model, _ACTIVE, self)
         self._patches.add(lambda: delattr(model, _ACTIVE))
         base, layers = model.base_model, self._decoder.layers
+        self._signature = inspect.signature(base.forward)
         hook(base.register_forward_pre_hook(self._before_model, with_kwargs=True))
         hook(base.register_forward_hook(self._after_model, always_call=True))
         if "queries" in self._selector.needs:
@@ -227,10 +228,10 @@ class Pruning:
     ) -> None:
         """Plan this pass."""
         self._pass = None
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        given = self._signature.bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         for name in ("output_attentions", "output_hidden_states"):
-            if given.get(name):
+            if given.get(name) or getattr(module.config, name, False):
                 raise UnsupportedError(f"{name} does not work with pruning; disable it first")
         cache, kept_cache = given.get("past_key_values"), None
         cached = 0
@@ -263,7 +264,7 @@ class Pruning:
 
     def _plan(self, inputs: torch.Tensor, real: torch.Tensor, cached: int) -> int | None:
         """Plan every row of a prefill; columns that layers >= K need, None if nothing drops."""
-        flags = real.tolist()
+        flags: list[list[bool]] = real.tolist()
         if inputs.ndim == 2:
             self._rows = [
                 self._plan_row(row, columns, cached)
