@@ -1,4 +1,4 @@
-"""Registers the transformers backend; imports nothing of transformers."""
+"""Registers the backends that ship with entropyprune; imports none of their engines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ep_core.backend import Backend, BackendSpec
 from ep_core.hookspecs import hookimpl
 
 
-def _load() -> Backend:
+def _transformers() -> Backend:
     from ep_backends.transformers.backend import TransformersBackend
 
     return TransformersBackend()
@@ -14,5 +14,5 @@ def _load() -> Backend:
 
 @hookimpl
 def entropyprune_backends() -> list[BackendSpec]:
-    """Plain transformers: `model.generate` in this process."""
-    return [BackendSpec("transformers", "plain transformers, model.generate", _load)]
+    """One specification for each engine."""
+    return [BackendSpec("transformers", "plain transformers, model.generate", _transformers)]
