@@ -294,7 +294,7 @@ def _comparison(timed: dict[str, tuple[Answer, float]], facts: _ModelFacts) -> T
 
     seen = sum(span.stop - span.start for span in pruned.spans)
     table.add_row("answer", full.text, pruned.text, "")
-    row("prompt tokens", full.prompt_tokens, pruned.prompt_tokens)
+    table.add_row("prompt tokens", str(full.prompt_tokens), str(pruned.prompt_tokens), "")
     if seen:
         row(f"visual tokens, layers {layer}-{layers - 1}", seen, visual(pruned))
     row("prefill GFLOPs (model)", facts.flops(full) / 1e9, facts.flops(pruned) / 1e9, ".3f")

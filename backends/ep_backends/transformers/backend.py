@@ -18,7 +18,7 @@ from ep_backends.transformers.pruner import Row, choose, enable
 from ep_core.backend import Answer, Capabilities, KVSlots, Request
 from ep_core.checkpoint import read_config
 from ep_core.entropy import layer_entropy
-from ep_core.errors import UnsupportedError
+from ep_core.errors import EntropyPruneError, UnsupportedError
 from ep_core.patching import PointStatus, check_point
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
@@ -93,11 +93,14 @@ class TransformersSession:
             raise UnsupportedError(f"device {device!r} is not available here; use cpu")
         if dtype is not None and dtype not in DTYPES:
             raise UnsupportedError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-        self.model = transformers.AutoModelForImageTextToText.from_pretrained(
-            model, dtype="auto" if dtype is None else DTYPES[dtype]
-        )
+        try:
+            self.model = transformers.AutoModelForImageTextToText.from_pretrained(
+                model, dtype="auto" if dtype is None else DTYPES[dtype]
+            )
+            self.processor = load_processor(model)
+        except OSError as error:  # a file that is missing or cannot be read
+            raise EntropyPruneError(" ".join(str(error).split())) from None
         self.model.to(device).eval()
-        self.processor = load_processor(model)
         self.pruning = None if policy is None else enable(self.model, policy)
 
     def __enter__(self) -> Self:

@@ -1,0 +1,276 @@
+"""The command line as a user runs it: its output, its files, its one-line errors."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ep_core import cli, demo
+from ep_core.ecl import EntropyProfile
+
+PICTURE = demo.PICTURES / "sample_00.png"
+SECOND = demo.PICTURES / "sample_01.png"
+QUESTION = "what number is written?"
+
+
+@pytest.fixture
+def entropyprune(monkeypatch, capsys):
+    """Run the command in this process: (exit status, stdout, stderr)."""
+    monkeypatch.delenv("ENTROPYPRUNE", raising=False)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["entropyprune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        out, err = capsys.readouterr()
+        return exit_.value.code, out, err
+
+    return run
+
+
+def run_demo(*more: object) -> list[object]:
+    return ["run", "--model", demo.MODEL, "--image", PICTURE, "--prompt", QUESTION, *more]
+
+
+def test_run_prints_the_answer(entropyprune):
+    status, out, _ = entropyprune(*run_demo("--policy", "layer=2,keep=0.5,method=set-entropy"))
+    (answer,) = [
+        q["answer"]
+        for picture in json.loads((demo.PICTURES / "samples.json").read_text())
+        if picture["image"] == PICTURE.name
+        for q in picture["questions"]
+        if q["question"] == QUESTION
+    ]
+    assert (status, out.strip()) == (0, answer)
+
+
+def test_json_is_alone_on_stdout_and_complete(entropyprune):
+    status, out, _ = entropyprune(
+        *run_demo("--image", SECOND, "--policy", "layer=2,keep=36", "--max-new-tokens", 4, "--json")
+    )
+    assert status == 0
+    result = json.loads(out)
+    assert list(result) == [
+        "backend",
+        "model",
+        "policy",
+        "spans",
+        "output_ids",
+        "text",
+        "kv",
+        "reason",
+    ]
+    assert result["backend"] == "transformers"
+    assert result["policy"] == "layer=2,keep=36,method=released"
+    assert result["reason"] is None
+    first, second = result["spans"]
+    for span in (first, second):
+        assert span["stop"] - span["start"] == 144
+        assert span["kept"] == sorted(set(span["kept"]))
+        assert len(span["kept"]) == 36
+        assert 0 <= span["kept"][0] <= span["kept"][-1] < 144
+    assert first["stop"] <= second["start"], "pictures come in the order given"
+    assert result["kv"]["below"] - result["kv"]["from"] == 2 * (144 - 36)
+    assert len(result["output_ids"]) <= 4
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ([], "no policy is set"),
+        (["--policy", "layer=2,keep=1.0"], "the budget keeps every token"),
+    ],
+)
+def test_json_says_why_nothing_was_pruned(entropyprune, more, reason):
+    status, out, _ = entropyprune(*run_demo("--json", "--max-new-tokens", 2, *more))
+    result = json.loads(out)
+    assert (status, result["reason"]) == (0, reason)
+    assert result["kv"]["below"] == result["kv"]["from"]
+
+
+def test_text_alone_says_why_nothing_was_pruned(entropyprune):
+    status, out, _ = entropyprune(
+        "run", "--model", demo.MODEL, "--prompt", "hello", "--policy", "layer=2,keep=9", "--json"
+    )
+    result = json.loads(out)
+    assert (status, result["spans"]) == (0, [])
+    assert result["reason"] == "the prompt has no visual tokens"
+
+
+def test_the_environment_sets_the_policy(entropyprune, monkeypatch):
+    monkeypatch.setenv("ENTROPYPRUNE", "layer=3,keep=12")
+    status, out, _ = entropyprune(*run_demo("--json", "--max-new-tokens", 2))
+    assert status == 0
+    assert json.loads(out)["policy"] == "layer=3,keep=12,method=released"
+
+
+def test_layer_auto_is_settled_by_the_adapter(entropyprune):
+    _, out, _ = entropyprune(
+        *run_demo("--policy", "layer=auto,keep=12", "--json", "--max-new-tokens", 2)
+    )
+    assert json.loads(out)["policy"] == "layer=1,keep=12,method=released"
+
+
+def test_compare_shows_both_sides(entropyprune):
+    status, out, _ = entropyprune(*run_demo("--policy", "layer=2,keep=36", "--compare"))
+    assert status == 0
+    for words in ("unpruned", "pruned", "answer", "GFLOPs", "KV slots", "seconds", "75.0%"):
+        assert words in out, f"{words!r} is missing in:\n{out}"
+
+
+def test_compare_json_holds_both_answers(entropyprune):
+    status, out, _ = entropyprune(
+        *run_demo("--policy", "layer=2,keep=36", "--compare", "--json", "--max-new-tokens", 2)
+    )
+    result = json.loads(out)
+    assert status == 0
+    assert result["unpruned"]["reason"] == "no policy is set"
+    assert set(result["seconds"]) == {"pruned", "unpruned"}
+
+
+def test_overlay_draws_every_picture(entropyprune, tmp_path):
+    out_file = tmp_path / "overlay.png"
+    status, out, _ = entropyprune(
+        *run_demo("--image", SECOND, "--policy", "layer=2,keep=36", "--overlay", out_file)
+    )
+    assert status == 0
+    assert str(out_file) in out.replace("\n", "")
+    with Image.open(out_file) as sheet:
+        assert sheet.width == 2 * 672, "two square pictures side by side"
+
+
+def test_calibrate_writes_profile_and_plot(entropyprune, tmp_path):
+    profile, plot = tmp_path / "profile.json", tmp_path / "profile.png"
+    status, out, err = entropyprune(
+        *["calibrate", "--model", demo.MODEL, "--image", PICTURE, "--image", SECOND],
+        *["--layer", 3, "--out", profile, "--plot", plot],
+    )
+    assert status == 0
+    assert "no collapse layer: layer=3 stands" in out
+    assert "2 samples are too few" in out
+    assert "measuring" in err, "long work shows progress on stderr"
+    read = EntropyProfile.from_json(profile.read_text())
+    assert [len(sample) for sample in read.entropies] == [8, 8]
+    with Image.open(plot) as drawn:
+        assert len(drawn.convert("RGB").getcolors(1 << 24)) > 10, "the plot is blank"
+
+
+def test_show_states_the_budget_in_all_three_meanings(entropyprune, llava_7b):
+    """The paper's headline: average 128 of 576 visual tokens with 86 text tokens saves 68.2 %."""
+    status, out, _ = entropyprune(
+        *["show", "--model", llava_7b, "--policy", "layer=2,average=128", "--text-tokens", 86]
+    )
+    assert status == 0
+    assert "98 (17.0%)" in out
+    assert "127.9 (22.2%)" in out
+    assert "68.2%" in out
+
+
+def test_doctor_checks_every_attach_point(entropyprune):
+    status, out, _ = entropyprune("doctor")
+    assert status == 0, out
+    assert out.count("ok: ") >= 6
+    assert "FAILED" not in out
+    assert "backend transformers: transformers " in out
+
+
+def test_doctor_fails_on_a_bad_policy(entropyprune, monkeypatch):
+    monkeypatch.setenv("ENTROPYPRUNE", "layer=2")
+    status, out, _ = entropyprune("doctor")
+    assert status == 1
+    assert "FAILED: the policy needs one budget" in out
+
+
+def test_list_names_everything_with_its_plugin(entropyprune):
+    status, out, _ = entropyprune("list")
+    assert status == 0
+    for name in ("transformers", "llava", "qwen2_5_vl", "released", "set-entropy", "selectors"):
+        assert name in out
+    assert str(demo.MODEL) in out
+
+
+def checkpoint_with(tmp_path: Path, config: str) -> Path:
+    (tmp_path / "config.json").write_text(config)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--image", "absent.png"], ["absent.png", "does not exist"]),
+        (["--image", __file__], ["test_cli.py", "is not a picture"]),
+        (["--policy", "layer=2,keep=0"], ["keep=0", "keep=128"]),
+        (["--policy", "layer=2,keep=1.5"], ["keep=1.5", "(0, 1]"]),
+        (["--policy", "layer=2,keep=999"], ["keep=999", "at most keep=144"]),
+        (["--policy", "layer=8,keep=9"], ["layer=8", "1 to 7"]),
+        (["--policy", "layer=0,keep=9"], ["layer=0", "layer=2"]),
+        (["--policy", "layer=2"], ["budget", "layer=2,keep=128"]),
+        (["--policy", "layer=2,keep=9,depth=3"], ["'depth'", "layer, keep"]),
+        (["--policy", "layer=2,keep=9,method=magic"], ["'magic'", "set-entropy"]),
+        (["--policy", "nonsense"], ["'nonsense'", "layer=2,keep=128"]),
+        (["--policy", "layer=4,average=0.4"], ["average=0.4", "average=0.50"]),
+        (["--policy", "layer=2,flops=0.99"], ["flops=0.99", "or less"]),
+        (["--backend", "nowhere"], ["'nowhere'", "transformers"]),
+        (["--max-new-tokens", 0], ["max-new-tokens"]),
+        (["--device", "tpu"], ["tpu", "cpu"]),
+        (["--compare"], ["--compare needs a policy"]),
+        (["--overlay", "absent/overlay.png"], ["absent", "no such folder"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)).replace(str(Path(__file__).parent), "."),
+)
+def test_bad_input_is_one_line_and_exit_2(entropyprune, arguments, words):
+    status, out, err = entropyprune(*run_demo(*arguments))
+    lines = [line for line in err.splitlines() if line and "Loading weights" not in line]
+    assert (status, out) == (2, "")
+    assert len(lines) == 1, f"one line was asked for, got:\n{err}"
+    assert lines[0].startswith("entropyprune: error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ('{"model_type": "gpt2"}', ["'gpt2'", "llava, qwen2_5_vl"]),
+        ("{}", ["model_type"]),
+        ("{", ["no valid JSON"]),
+        (None, ["no config.json"]),
+    ],
+    ids=["unknown type", "no type", "broken", "absent"],
+)
+def test_unusable_checkpoints_are_one_line(entropyprune, tmp_path, config, words):
+    if config is not None:
+        checkpoint_with(tmp_path, config)
+    status, out, err = entropyprune("run", "--model", tmp_path, "--prompt", "hello")
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    for word in words:
+        assert word in err
+
+
+def test_a_checkpoint_without_weights_is_one_line(entropyprune, tmp_path):
+    for file in demo.MODEL.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path)
+    status, out, err = entropyprune("run", "--model", tmp_path, "--prompt", "hello")
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert "weights" in err or "model.safetensors" in err
+
+
+def test_the_installed_command_prints_one_line_errors():
+    command = Path(sys.executable).with_name("entropyprune")
+    result = subprocess.run(
+        [command, "run", "--model", "absent", "--prompt", "hello"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ENTROPYPRUNE": ""},
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr

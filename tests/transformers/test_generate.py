@@ -1,0 +1,346 @@
+"""Pruned generation: batches, turns, caches, dtypes, decoding methods."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from ep_backends.transformers import enable
+from ep_backends.transformers.backend import TransformersBackend
+
+POLICY = "layer=2,keep=0.3,method=released"
+TOLERANCE = 1e-4
+
+
+def run(model: Any, inputs: dict[str, torch.Tensor], steps: int = 6, **options: Any) -> Any:
+    options = {"do_sample": False, "min_new_tokens": steps} | options
+    return model.generate(
+        **inputs,
+        max_new_tokens=steps,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+
+
+def new_tokens(output: Any, inputs: dict[str, torch.Tensor]) -> list[list[int]]:
+    return output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def logits(output: Any) -> torch.Tensor:
+    return torch.stack(output.logits, dim=1)
+
+
+def assert_close(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
+    worst = float((a - b).abs().max())
+    assert worst <= TOLERANCE, f"{what}: logits differ by up to {worst:.2e}"
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """Everything that hooks and patches could have changed."""
+    hooks = {
+        name: (len(m._forward_hooks), len(m._forward_pre_hooks))
+        for name, m in model.named_modules()
+    }
+    return {"hooks": hooks, "attributes": sorted(vars(model))}
+
+
+def test_disable_restores_the_model_to_the_bit(family, model):
+    inputs = family.encode([family.picture(0), "what is it?"])
+    before = run(model, inputs)  # first: transformers attaches hooks of its own when first run
+    before_state = state_of(model)
+    with enable(model, POLICY):
+        pruned = run(model, inputs)
+    after = run(model, inputs)
+    assert state_of(model) == before_state
+    assert torch.equal(logits(before), logits(after)), "disabled is not the plain model"
+    assert not torch.equal(logits(before), logits(pruned)), "pruning changed nothing at all"
+
+
+def test_text_only_prompts_are_untouched_to_the_bit(family, model):
+    inputs = family.encode(["no picture"], ["and none in this longer message either"])
+    plain = run(model, inputs)
+    with enable(model, POLICY) as pruning:
+        pruned = run(model, inputs)
+        reasons = {record.reason for record in pruning.records}
+    assert torch.equal(logits(plain), logits(pruned))
+    assert reasons == {"the prompt has no visual tokens"}
+
+
+def test_a_budget_that_keeps_everything_is_untouched_to_the_bit(family, model):
+    inputs = family.encode([family.picture(0), "what is it?"])
+    plain = run(model, inputs)
+    with enable(model, "layer=1,keep=1.0") as pruning:
+        pruned = run(model, inputs)
+        (record,) = pruning.records
+    assert torch.equal(logits(plain), logits(pruned))
+    assert record.reason == "the budget keeps every token"
+    (span,) = record.spans
+    assert span.kept == tuple(range(span.stop - span.start))
+
+
+def test_layers_from_k_compute_on_fewer_tokens_and_hold_a_shorter_cache(family, model):
+    inputs = family.encode([family.picture(0), "what is it?"])
+    widths: dict[int, int] = {}
+    handles = [
+        layer.mlp.register_forward_hook(
+            lambda module, args, output, i=i: widths.setdefault(i, args[0].shape[1])
+        )
+        for i, layer in enumerate(model.get_decoder().layers)
+    ]
+    with enable(model, POLICY) as pruning:
+        output = run(model, inputs, steps=3)
+        (record,) = pruning.records
+    for handle in handles:
+        handle.remove()
+    prompt = inputs["input_ids"].shape[1]
+    dropped = sum(span.stop - span.start - len(span.kept) for span in record.spans)
+    assert dropped > 0
+    assert [widths[i] for i in range(4)] == [prompt, prompt, prompt - dropped, prompt - dropped]
+    cached = [layer.get_seq_length() for layer in output.past_key_values.layers]
+    assert cached == [prompt + 2, prompt + 2, prompt - dropped + 2, prompt - dropped + 2]
+
+
+@pytest.mark.parametrize("method", ["released", "set-entropy"])
+def test_a_left_padded_batch_equals_each_prompt_alone(family, model, method):
+    messages = [
+        [family.picture(0), "what?"],
+        [family.picture(1), "and", family.picture(2), "which of these two is larger?"],
+        ["a text without any picture, " + "longer than all the other prompts " * 12],
+        [family.picture(3), family.picture(4), family.picture(5), "three"],
+    ]
+    batch = family.encode(*messages)
+    with enable(model, f"layer=2,keep=0.3,method={method}") as pruning:
+        together, records = run(model, batch), pruning.records
+        for i, message in enumerate(messages):
+            inputs = family.encode(message)
+            alone, (record,) = run(model, inputs), pruning.records
+            assert records[i] == record, f"prompt {i} is pruned differently in a batch"
+            assert new_tokens(together, batch)[i] == new_tokens(alone, inputs)[0]
+            assert_close(logits(together)[i], logits(alone)[0], f"prompt {i} in a batch and alone")
+    assert records[2].reason is not None
+    assert all(records[i].reason is None for i in (0, 1, 3))
+
+
+def test_right_padding_and_output_shape_in_a_plain_forward(family, model):
+    messages = [[family.picture(0), "what?"], [family.picture(1), family.picture(2), "longer one"]]
+    batch = family.encode(*messages, side="right")
+    with enable(model, POLICY) as pruning, torch.no_grad():
+        together, records = model(**batch).logits, pruning.records
+        for i, message in enumerate(messages):
+            inputs = family.encode(message)
+            alone = model(**inputs).logits[0]
+            length = int(batch["attention_mask"][i].sum())
+            assert together.shape[1] == batch["input_ids"].shape[1]
+            kept = torch.ones(length, dtype=torch.bool)
+            for span in records[i].spans:
+                kept[span.start : span.stop] = False
+                kept[[span.start + k for k in span.kept]] = True
+            answered = ~alone.isnan().any(dim=1)
+            assert torch.equal(answered, kept), "exactly the dropped positions hold NaN"
+            assert torch.equal(~together[i, :length].isnan().any(dim=1), kept)
+            assert_close(together[i, :length][kept], alone[kept], f"right-padded prompt {i}")
+
+
+def test_cache_and_recomputation_agree(family, model):
+    """Without a cache every step prunes the whole prompt again: nothing can be stale."""
+    inputs = family.encode(
+        [family.picture(0), "what?"], [family.picture(1), "and", family.picture(2), "this?"]
+    )
+    with enable(model, POLICY):
+        cached = run(model, inputs)
+        recomputed = run(model, inputs, use_cache=False)
+    assert new_tokens(cached, inputs) == new_tokens(recomputed, inputs)
+    assert_close(logits(cached), logits(recomputed), "with and without a cache")
+
+
+@pytest.mark.parametrize("sample", [False, True], ids=["beam-search", "beam-sample"])
+def test_beam_search_with_a_cache_equals_recomputation(family, model, sample):
+    inputs = family.encode(
+        [family.picture(0), "what?"], [family.picture(1), "and", family.picture(2), "this?"]
+    )
+    outputs = []
+    with enable(model, POLICY):
+        for use_cache in (True, False):
+            torch.manual_seed(7)
+            output = model.generate(
+                **inputs, max_new_tokens=6, num_beams=3, do_sample=sample, use_cache=use_cache
+            )
+            outputs.append(output.tolist())
+    assert outputs[0] == outputs[1]
+
+
+def test_sampling_is_reproducible_and_follows_pruned_logits(family, model):
+    inputs = family.encode([family.picture(0), "what?"])
+    outputs = []
+    with enable(model, POLICY):
+        for use_cache in (True, True, False):
+            torch.manual_seed(3)
+            output = model.generate(
+                **inputs, max_new_tokens=8, do_sample=True, temperature=2.0, use_cache=use_cache
+            )
+            outputs.append(output.tolist())
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def turns(family, model, *messages, policy=POLICY):
+    """A conversation over one cache, fed by concatenating token ids; logits of the last answer."""
+    cache, history, extra, steps = DynamicCache(config=model.get_decoder().config), None, {}, 4
+    with enable(model, policy) as pruning:
+        for message in messages:
+            turn = family.encode(message)
+            for key, value in turn.items():
+                join_at = 1 if value.ndim == 2 and value.shape[0] == 1 else 0
+                if key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+                    before = history[key] if history else value[:, :0]
+                    extra[key] = torch.cat([before, value], dim=join_at)
+                else:
+                    before = history[key] if history and key in history else value[:0]
+                    extra[key] = torch.cat([before, value])
+            history = dict(extra)
+            fresh = run(model, history, steps=steps)
+            reuse = dict(history)
+            past = cache.get_seq_length()
+            if "pixel_values" in turn:  # earlier pictures are in the cache already
+                reuse["pixel_values"] = turn["pixel_values"]
+            elif past:
+                reuse.pop("pixel_values", None)
+            output = run(model, reuse, steps=steps, past_key_values=cache)
+            yield output, fresh, pruning.records
+            tail = output.sequences[:, history["input_ids"].shape[1] :]
+            answered = torch.cat([history["input_ids"], tail], dim=1)
+            history["input_ids"] = answered
+            history["attention_mask"] = torch.ones_like(answered)
+            if "mm_token_type_ids" in history:
+                filler = torch.zeros_like(tail)
+                history["mm_token_type_ids"] = torch.cat(
+                    [history["mm_token_type_ids"], filler.to(history["mm_token_type_ids"])], dim=1
+                )
+            extra = dict(history)
+
+
+def test_a_second_turn_over_the_same_cache_equals_the_whole_conversation(family, model):
+    conversation = turns(
+        family, model, [family.picture(0), "what is it?"], ["and its colour?"], ["sure?"]
+    )
+    for number, (reused, fresh, _) in enumerate(conversation):
+        assert_close(logits(reused), logits(fresh), f"turn {number}")
+
+
+def test_a_picture_in_a_later_turn_is_pruned_too(lab):
+    """LLaVA only: transformers wants one image_grid_thw for all of Qwen's pictures and the new."""
+    family = lab("llava")
+    model = family.model()
+    conversation = turns(
+        family, model, ["hello"], [family.picture(0), "what is it?"], [family.picture(1), "this?"]
+    )
+    reasons = []
+    for number, (reused, fresh, records) in enumerate(conversation):
+        assert_close(logits(reused), logits(fresh), f"turn {number}")
+        reasons += [record.reason for record in records]
+    assert reasons == ["the prompt has no visual tokens", None, None]
+
+
+def test_a_copied_prefix_cache_can_be_continued_twice(family, model):
+    prefix = family.encode([family.picture(0), "what is it?"])
+    with enable(model, POLICY):
+        cache = DynamicCache(config=model.get_decoder().config)
+        with torch.no_grad():
+            model(**prefix, past_key_values=cache, use_cache=True)
+        for tail in ([17, 5, 40], [8, 9]):
+            ids = torch.cat([prefix["input_ids"], torch.tensor([tail])], dim=1)
+            whole = dict(prefix, input_ids=ids, attention_mask=torch.ones_like(ids))
+            if "mm_token_type_ids" in whole:
+                kinds = whole["mm_token_type_ids"]
+                whole["mm_token_type_ids"] = torch.cat(
+                    [kinds, torch.zeros(1, len(tail), dtype=kinds.dtype)], dim=1
+                )
+            fresh = run(model, whole)
+            reuse = {key: value for key, value in whole.items() if key != "pixel_values"}
+            continued = run(model, reuse, past_key_values=copy.deepcopy(cache))
+            assert_close(logits(continued), logits(fresh), f"continuation {tail}")
+
+
+@pytest.mark.parametrize("method", ["released", "set-entropy"])
+def test_eager_and_sdpa_agree(family, method):
+    inputs = family.encode([family.picture(0), "what?"], [family.picture(1), "longer question?"])
+    results = []
+    for attention in ("sdpa", "eager"):
+        model = family.model(attn_implementation=attention)
+        with enable(model, f"layer=2,keep=0.3,method={method}") as pruning:
+            results.append((logits(run(model, inputs)), pruning.records))
+    (a, a_records), (b, b_records) = results
+    assert a_records == b_records
+    assert_close(a, b, "sdpa and eager")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(family, dtype):
+    """Rounding is coarse here, so only the structure is exact."""
+    model = family.model(dtype=dtype)
+    inputs = family.encode([family.picture(0), "what?"], [family.picture(1), "longer question?"])
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with enable(model, POLICY) as pruning:
+        first, records = run(model, inputs), pruning.records
+        again = run(model, inputs)
+    assert torch.equal(logits(first), logits(again)), "not deterministic"
+    assert not logits(first).isnan().any()
+    assert all(record.reason is None for record in records)
+    padded = inputs["input_ids"].shape[1] - inputs["attention_mask"].sum(dim=1)
+    for pad, record in zip(padded.tolist(), records, strict=True):
+        for span in record.spans:
+            assert len(span.kept) == max(1, int(0.3 * (span.stop - span.start) + 0.5))
+            assert span.start >= 0
+            assert span.stop + pad <= inputs["input_ids"].shape[1]
+
+
+def test_counters_add_up(family, model):
+    with enable(model, POLICY) as pruning:
+        run(model, family.encode([family.picture(0), "what?"], ["none"]), steps=3)
+        run(model, family.encode([family.picture(0), "what?"]), steps=3)
+        (span,) = pruning.records[0].spans
+        counters = pruning.counters
+    assert counters.requests_pruned == 2
+    assert counters.requests_unpruned == {"the prompt has no visual tokens": 1}
+    assert counters.visual_tokens_seen == 2 * (span.stop - span.start)
+    assert counters.visual_tokens_kept == 2 * len(span.kept)
+
+
+def test_a_pass_that_fails_leaves_nothing_behind(family, model):
+    inputs = family.encode([family.picture(0), "what?"])
+    other = family.encode(["text only"])
+    with enable(model, POLICY):
+        expected, plain = run(model, inputs), run(model, other)
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("planted")
+
+        handle = model.get_decoder().layers[-1].mlp.register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="planted"):
+            run(model, inputs)
+        handle.remove()
+        assert torch.equal(logits(run(model, other)), logits(plain)), "a stale plan was applied"
+        assert torch.equal(logits(run(model, inputs)), logits(expected))
+
+
+def test_session_answers_requests_of_different_lengths(lab):
+    from ep_core import PruningPolicy
+    from ep_core.backend import Request
+
+    family = lab("qwen-gqa")
+    requests = [Request((family.picture(0), "what?"), 2), Request(("text", family.picture(1)), 5)]
+    backend = TransformersBackend()
+    with backend.open(family.path, PruningPolicy.parse(POLICY), dtype="float32") as session:
+        together = session.generate(requests)
+        alone = [session.generate([request])[0] for request in requests]
+    for a, b in zip(together, alone, strict=True):
+        assert (a.output_ids, a.text, a.spans, a.prompt_tokens, a.reason) == (
+            b.output_ids,
+            b.text,
+            b.spans,
+            b.prompt_tokens,
+            b.reason,
+        )
+    assert len(together[0].output_ids) <= 2

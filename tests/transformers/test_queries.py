@@ -1,0 +1,53 @@
+"""Which query states the score reads: after bias and per-head norm, before RoPE."""
+
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen3Config
+
+from ep_backends.transformers import enable
+from ep_core import SpanInputs
+from ep_core.plugins import registry
+
+
+def test_a_decoder_with_query_norm_is_read_after_the_norm():
+    """LLaVA over Qwen3: the oracle does not know it, so the queries are recomputed here."""
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=56,
+            patch_size=14,
+        ),
+        text_config=Qwen3Config(
+            vocab_size=64,
+            hidden_size=48,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=16,
+        ),
+        image_token_id=63,
+    )
+    model: Any = LlavaForConditionalGeneration(config).eval()
+    for layer in model.get_decoder().layers:
+        torch.nn.init.normal_(layer.self_attn.q_norm.weight, 1.0, 0.5)
+    ids = torch.tensor([[1, 2, *[63] * 16, 3, 4]])
+    pixels = torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        states = model(input_ids=ids, pixel_values=pixels, output_hidden_states=True).hidden_states
+        layer = model.get_decoder().layers[1]
+        projected = layer.self_attn.q_proj(layer.input_layernorm(states[1]))
+        queries = layer.self_attn.q_norm(projected.view(20, 6, 16))[2:18]
+        with enable(model, "layer=2,keep=5,method=rows") as pruning:
+            model(input_ids=ids, pixel_values=pixels)
+            (span,) = pruning.records[0].spans
+    rows = registry().selector("rows")
+    with_norm = rows(SpanInputs(queries=queries), 5).tolist()
+    without = rows(SpanInputs(queries=projected.view(20, 6, 16)[2:18]), 5).tolist()
+    assert with_norm != without, "the case does not tell the two apart"
+    assert list(span.kept) == with_norm

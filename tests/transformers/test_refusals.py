@@ -1,0 +1,229 @@
+"""What cannot be pruned is refused by name, or runs unpruned and says why."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from ep_backends.transformers import enable
+from ep_backends.transformers.backend import TransformersBackend
+from ep_core import BudgetError, PluginError, PolicyError, PruningPolicy, UnsupportedError
+
+POLICY = "layer=2,keep=0.3"
+
+
+@pytest.fixture(scope="module")
+def qwen(lab):
+    return lab("qwen-gqa")
+
+
+@pytest.fixture(scope="module")
+def qwen_model(qwen):
+    return qwen.model()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"prompt_lookup_num_tokens": 3}, "assisted generation"),
+        ({"assistant_early_exit": 1}, "assisted generation"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
+        ({"prefill_chunk_size": 8}, "prefill_chunk_size"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"output_hidden_states": True}, "output_hidden_states"),
+        ({"custom_generate": lambda *args, **kwargs: None}, "custom_generate"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_generate_options_are_refused_by_name(qwen, qwen_model, options, named):
+    inputs = qwen.encode([qwen.picture(0), "what?"])
+    with enable(qwen_model, POLICY), pytest.raises(UnsupportedError) as caught:
+        qwen_model.generate(**inputs, max_new_tokens=2, **options)
+    assert named in str(caught.value)
+    assert "disable pruning" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_assistant_model_is_refused(qwen, qwen_model):
+    inputs = qwen.encode([qwen.picture(0), "what?"])
+    with enable(qwen_model, POLICY), pytest.raises(UnsupportedError, match="assisted generation"):
+        qwen_model.generate(**inputs, max_new_tokens=2, assistant_model=qwen_model)
+
+
+def test_refused_options_in_a_generation_config_are_seen_too(qwen, qwen_model):
+    from transformers import GenerationConfig
+
+    inputs = qwen.encode([qwen.picture(0), "what?"])
+    config = GenerationConfig(max_new_tokens=2, prompt_lookup_num_tokens=3)
+    with enable(qwen_model, POLICY), pytest.raises(UnsupportedError, match="assisted generation"):
+        qwen_model.generate(generation_config=config, **inputs)
+
+
+def test_a_static_cache_object_is_refused(qwen, qwen_model):
+    inputs = qwen.encode([qwen.picture(0), "what?"])
+    cache = StaticCache(config=qwen_model.get_decoder().config, max_cache_len=200)
+    with enable(qwen_model, POLICY), pytest.raises(UnsupportedError, match="StaticCache"):
+        qwen_model(**inputs, past_key_values=cache)
+
+
+@pytest.mark.parametrize("option", ["output_attentions", "output_hidden_states"])
+@pytest.mark.parametrize("place", ["argument", "config"])
+def test_outputs_by_layer_are_refused_in_a_forward(qwen, option, place):
+    model = qwen.model(attn_implementation="eager")
+    inputs = qwen.encode([qwen.picture(0), "what?"])
+    arguments = {option: True} if place == "argument" else {}
+    with enable(model, POLICY):
+        if place == "config":
+            setattr(model.base_model.config, option, True)
+        with pytest.raises(UnsupportedError, match=option):
+            model(**inputs, **arguments)
+
+
+def test_a_prepared_mask_is_refused(qwen, qwen_model):
+    inputs = qwen.encode([qwen.picture(0), "what?"])
+    tokens = inputs["input_ids"].shape[1]
+    inputs["attention_mask"] = torch.zeros(1, 1, tokens, tokens)
+    with enable(qwen_model, POLICY), pytest.raises(UnsupportedError, match="attention_mask"):
+        qwen_model(**inputs)
+
+
+def test_two_policies_at_once_are_refused(qwen_model):
+    with enable(qwen_model, POLICY), pytest.raises(UnsupportedError, match="already on with"):
+        enable(qwen_model, "layer=1,keep=4")
+
+
+@pytest.mark.parametrize(
+    ("policy", "error", "message"),
+    [
+        ("layer=4,keep=3", PolicyError, "allowed are 1 to 3"),
+        ("layer=2,keep=3,method=nonsense", PluginError, "set-entropy"),
+        ("layer=2,keep=0", BudgetError, "keep=128"),
+        ("layer=two,keep=3", PolicyError, "layer=two"),
+    ],
+)
+def test_policies_that_do_not_fit_leave_the_model_alone(qwen_model, policy, error, message):
+    before = sorted(vars(qwen_model))
+    with pytest.raises(error) as caught:
+        enable(qwen_model, policy)
+    assert message in str(caught.value)
+    assert sorted(vars(qwen_model)) == before
+
+
+def test_an_impossible_budget_is_an_error_that_says_what_is_possible(qwen, qwen_model):
+    inputs = qwen.encode([qwen.picture(0), "what?"])  # 12 visual tokens
+    with enable(qwen_model, "layer=2,keep=128"), pytest.raises(BudgetError, match="keep=12"):
+        qwen_model.generate(**inputs, max_new_tokens=2)
+    with enable(qwen_model, "layer=2,keep=128,min_tokens=12") as pruning:
+        qwen_model.generate(**inputs, max_new_tokens=2)
+        assert pruning.records[0].reason == "the budget keeps every token"
+
+
+def test_an_unproven_attention_implementation_is_refused(lab):
+    model = lab("llava").model(attn_implementation="flex_attention")
+    with pytest.raises(UnsupportedError, match=r"flex_attention.*sdpa, eager"):
+        enable(model, POLICY)
+
+
+def test_a_model_without_an_adapter_is_refused():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    with pytest.raises(UnsupportedError, match=r"'llama'.*llava, qwen2_5_vl"):
+        enable(LlamaForCausalLM(config), POLICY)
+
+
+def test_sliding_window_layers_are_refused(qwen):
+    model = qwen.model()
+    model.get_decoder().config.layer_types = ["full_attention"] * 3 + ["sliding_attention"]
+    with pytest.raises(UnsupportedError, match="sliding_attention"):
+        enable(model, POLICY)
+
+
+def prefilled(model: Any, inputs: dict[str, torch.Tensor]) -> DynamicCache:
+    cache = DynamicCache(config=model.get_decoder().config)
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def test_a_cropped_cache_is_refused(qwen, qwen_model):
+    inputs = qwen.encode([qwen.picture(0), "what?"])
+    with enable(qwen_model, POLICY):
+        cache = prefilled(qwen_model, inputs)
+        for layer in cache.layers:
+            layer.crop(-1)
+        with pytest.raises(UnsupportedError, match="cropped"):
+            qwen_model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+def test_a_cache_of_another_policy_is_refused(qwen, qwen_model):
+    inputs = qwen.encode([qwen.picture(0), "what?"])
+    with enable(qwen_model, POLICY):
+        cache = prefilled(qwen_model, inputs)
+    with enable(qwen_model, "layer=1,keep=2"), pytest.raises(UnsupportedError, match="policy"):
+        qwen_model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+def test_a_reset_cache_starts_anew(qwen, qwen_model):
+    inputs = qwen.encode([qwen.picture(0), "what?"])
+    with enable(qwen_model, POLICY), torch.no_grad():
+        cache = prefilled(qwen_model, inputs)
+        fresh = qwen_model(**inputs).logits[0, -1]
+        for layer in cache.layers:  # Cache.reset keeps the length of a dynamic layer up to 5.17
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+        again = qwen_model(**inputs, past_key_values=cache, use_cache=True).logits[0, -1]
+    assert torch.equal(fresh, again)
+
+
+def test_a_prompt_that_ends_inside_a_picture_runs_unpruned(qwen, qwen_model):
+    inputs = qwen.encode([qwen.picture(0), "what?"])
+    image = qwen_model.config.image_token_id
+    end = int((inputs["input_ids"][0] == image).nonzero().max()) + 1
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        inputs[key] = inputs[key][:, :end]
+    with torch.no_grad():
+        plain = qwen_model(**inputs).logits
+        with enable(qwen_model, POLICY) as pruning:
+            pruned = qwen_model(**inputs).logits
+    assert torch.equal(plain, pruned)
+    assert "ends inside a picture" in str(pruning.records[0].reason)
+
+
+def test_embeddings_without_token_ids_run_unpruned(qwen_model):
+    embeddings = qwen_model.get_input_embeddings()(torch.arange(9)[None])
+    with torch.no_grad():
+        plain = qwen_model(inputs_embeds=embeddings).logits
+        with enable(qwen_model, POLICY) as pruning:
+            pruned = qwen_model(inputs_embeds=embeddings).logits
+    assert torch.equal(plain, pruned)
+    assert "inputs_embeds" in str(pruning.records[0].reason)
+
+
+def test_video_tokens_run_unpruned(qwen, qwen_model):
+    ids = qwen.encode(["a text"])["input_ids"]
+    ids[0, 3] = qwen_model.config.video_token_id
+    with torch.no_grad():
+        plain = qwen_model(input_ids=ids).logits
+        with enable(qwen_model, POLICY) as pruning:
+            pruned = qwen_model(input_ids=ids).logits
+    assert torch.equal(plain, pruned)
+    assert "video" in str(pruning.records[0].reason)
+
+
+def test_a_missing_device_or_dtype_is_one_line(qwen):
+    backend, policy = TransformersBackend(), PruningPolicy.parse(POLICY)
+    if not torch.cuda.is_available():
+        with pytest.raises(UnsupportedError, match="use cpu"):
+            backend.open(qwen.path, policy, device="cuda")
+    with pytest.raises(UnsupportedError, match="float32, bfloat16, float16"):
+        backend.open(qwen.path, policy, dtype="int8")
