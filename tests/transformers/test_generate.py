@@ -156,20 +156,33 @@ def test_cache_and_recomputation_agree(family, model):
     assert_close(logits(cached), logits(recomputed), "with and without a cache")
 
 
-@pytest.mark.parametrize("sample", [False, True], ids=["beam-search", "beam-sample"])
-def test_beam_search_with_a_cache_equals_recomputation(family, model, sample):
+def test_beam_search_with_a_cache_equals_recomputation(family, model):
     inputs = family.encode(
         [family.picture(0), "what?"], [family.picture(1), "and", family.picture(2), "this?"]
     )
     outputs = []
     with enable(model, POLICY):
         for use_cache in (True, False):
-            torch.manual_seed(7)
             output = model.generate(
-                **inputs, max_new_tokens=6, num_beams=3, do_sample=sample, use_cache=use_cache
+                **inputs, max_new_tokens=6, num_beams=3, do_sample=False, use_cache=use_cache
             )
             outputs.append(output.tolist())
     assert outputs[0] == outputs[1]
+
+
+def test_beam_sampling_is_reproducible(family, model):
+    """transformers 5.17 itself samples other beams without a cache, so that is no oracle here."""
+    inputs = family.encode([family.picture(0), "what?"], [family.picture(1), "which?"])
+    outputs = []
+    with enable(model, POLICY) as pruning:
+        for _ in range(2):
+            torch.manual_seed(7)
+            output = model.generate(**inputs, max_new_tokens=6, num_beams=3, do_sample=True)
+            outputs.append(output.tolist())
+        records = pruning.records
+    assert outputs[0] == outputs[1]
+    assert len(records) == 6, "every beam is a row of the prefill"
+    assert records[0] == records[1] == records[2] != records[3]
 
 
 def test_sampling_is_reproducible_and_follows_pruned_logits(family, model):
