@@ -40,10 +40,13 @@ if TYPE_CHECKING:
     from ep_core.adapter import ModelAdapter
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(ep_core.__version__, prog_name="entropyprune")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Prune redundant visual tokens inside vision-language models."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def main() -> None:
@@ -334,7 +337,7 @@ def calibrate(
     device: str,
     dtype: str | None,
 ) -> None:
-    """Measure the entropy profile over pictures and look for the collapse layer."""
+    """Look for the collapse layer over your pictures."""
     facts = _ModelFacts.of(model, None)
     engine = _load_backend(backend)
     if not engine.capabilities.layer_entropies:
@@ -354,10 +357,10 @@ def calibrate(
             raise EntropyPruneError(
                 "--plot needs matplotlib; run pip install 'entropyprune[plot]'"
             ) from None
-    table = Table("entering layer", "median entropy", "median drop")
-    median = torch.tensor(profile.entropies).median(dim=0).values.tolist()
-    for i, value in enumerate(median):
-        table.add_row(str(i), f"{value:.4f}", f"{median[i - 1] - value:+.4f}" if i else "")
+    table = Table("entering layer", "median entropy", "drop")
+    for i, value in enumerate(profile.median):
+        drop = f"{profile.median[i - 1] - value:+.4f}" if i else ""
+        table.add_row(str(i), f"{value:.4f}", drop)
     console = Console()
     console.print(table)
     configured = layer or facts.adapter.default_layer
@@ -377,7 +380,7 @@ def calibrate(
 @click.option("--image-tokens", type=click.IntRange(min=1), default=576, show_default=True)
 @click.option("--text-tokens", type=click.IntRange(min=0), default=64, show_default=True)
 def show(model: Path, policy: PruningPolicy | None, image_tokens: int, text_tokens: int) -> None:
-    """Show what a policy means for a model: budgets in all three meanings, FLOPs, KV."""
+    """Say what a policy means for a model: tokens, FLOPs, KV."""
     policy = policy or PruningPolicy.from_environment()
     if policy is None:
         raise EntropyPruneError(f'no policy: give --policy "{EXAMPLE}" or set {ENV}')
@@ -420,7 +423,7 @@ def show(model: Path, policy: PruningPolicy | None, image_tokens: int, text_toke
 
 @cli.command()
 def doctor() -> int:
-    """Check this installation: versions, devices, plugins, each backend's attach points."""
+    """Check this installation and each backend."""
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"entropyprune {ep_core.__version__}, Python {platform.python_version()}")
     console.print(f"torch {torch.__version__}, CUDA {'yes' if torch.cuda.is_available() else 'no'}")
@@ -456,7 +459,7 @@ def doctor() -> int:
 
 @cli.command(name="list")
 def list_() -> None:
-    """List backends, adapters and methods with the plugin that provides each."""
+    """List backends, model families and methods."""
     plugins = registry()
     table = Table("kind", "name", "what it is", "plugin")
     for name, spec in sorted(plugins.backends.items()):

@@ -45,6 +45,12 @@ class EntropyProfile:
                 f"each, got {len(self.entropies)} samples of {sorted(widths)} layers"
             )
 
+    @property
+    def median(self) -> list[float]:
+        """Median over the samples, for each layer."""
+        median: list[float] = np.median(self.entropies, axis=0).tolist()
+        return median
+
     def to_json(self) -> str:
         """The profile as JSON text; `from_json` reads it back unchanged."""
         return json.dumps({"model": self.model, "entropies": self.entropies}, indent=1)
@@ -70,7 +76,7 @@ class Collapse:
         standard_drop: the drop in robust standard deviations of the other layers' drops.
         share_of_resamples: bootstrap resamples of the samples that pick the same layer.
         share_of_samples: samples in which the entropy falls there.
-        reason: why the candidate was accepted or not.
+        reason: why the candidate was accepted, or the first reason why not.
     """
 
     layer: int | None
@@ -129,7 +135,7 @@ def find_collapse_layer(profile: EntropyProfile, *, seed: int = 0) -> Collapse:
         standard_drop=standard_drop,
         share_of_resamples=share_of_resamples,
         share_of_samples=share_of_samples,
-        reason="; ".join(reasons) if reasons else "it stands out and the resamples agree",
+        reason=reasons[0] if reasons else "it stands out and the resamples agree",
     )
 
 
