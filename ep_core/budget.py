@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar
 
@@ -61,17 +61,42 @@ class DecoderShape:
 
 
 @dataclass(frozen=True)
-class Keep:
+class _CountOrShare:
+    """An integer is a count of tokens, a float in (0, 1] a share of the span."""
+
+    value: int | float
+    is_share: bool = field(init=False, repr=False)  # keeps 1 and 1.0 apart, which compare equal
+    key: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_share", isinstance(self.value, float))
+        key, value = self.key, self.value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise BudgetError(f"{key}={value!r} is no number; examples: {key}=128, {key}=0.25")
+        if not self.is_share and value < 1:
+            raise BudgetError(
+                f"{key}={value} keeps nothing; a count is at least 1, as in {key}=128"
+            )
+        if self.is_share and not 0 < value <= 1:
+            raise BudgetError(
+                f"{key}={value} is outside (0, 1]; a decimal is a share of the picture's tokens, "
+                f"as in {key}=0.25, an integer is a count, as in {key}=128"
+            )
+
+    @property
+    def exact(self) -> Fraction:
+        """The value as written: 0.29 is 29/100."""
+        return Fraction(repr(float(self.value)))
+
+
+@dataclass(frozen=True)
+class Keep(_CountOrShare):
     """Tokens kept after the layer: an integer is a count per span, a float a share of the span.
 
     A share keeps `floor(share * n + 1/2)` of n tokens, at least one.
     """
 
-    value: int | float
     key: ClassVar[str] = "keep"
-
-    def __post_init__(self) -> None:
-        _check_count_or_share(self.key, self.value)
 
     def tokens(
         self, spans: Sequence[int], *, layer: int, shape: DecoderShape, other_tokens: int = 0
@@ -87,49 +112,59 @@ class Keep:
         Raises:
             BudgetError: the budget does not fit a span; the message says what does.
         """
-        if isinstance(self.value, int):
-            return [_check_fits(self.key, self.value, self.value, n) for n in spans]
-        return [max(1, math.floor(_exact(self.value) * n + Fraction(1, 2))) for n in spans]
+        if self.is_share:
+            return [max(1, math.floor(self.exact * n + Fraction(1, 2))) for n in spans]
+        count = int(self.value)
+        if too_small := [n for n in spans if n < count]:
+            raise BudgetError(
+                f"keep={count} asks for more than a span of {min(too_small)} tokens has; use "
+                f"keep={min(too_small)} or less, a share such as keep=0.25, or "
+                f"min_tokens={max(too_small)} to leave such spans whole"
+            )
+        return [count for _ in spans]
 
 
 @dataclass(frozen=True)
-class LayerAverage:
+class LayerAverage(_CountOrShare):
     """Mean number of the span's tokens over all layers: a count, or a share of the span.
 
     Keeps `floor((L * average - K * n) / (L - K))` of n tokens, as the released code does.
     """
 
-    value: int | float
     key: ClassVar[str] = "average"
-
-    def __post_init__(self) -> None:
-        _check_count_or_share(self.key, self.value)
 
     def tokens(
         self, spans: Sequence[int], *, layer: int, shape: DecoderShape, other_tokens: int = 0
     ) -> list[int]:
         """Tokens kept of each span; see `Keep.tokens`."""
-        return [self._span_tokens(n, layer, shape.layers) for n in spans]
+        layers = shape.layers
 
-    def _span_tokens(self, n: int, layer: int, layers: int) -> int:
-        is_count = isinstance(self.value, int)
-        average = Fraction(self.value) if is_count else _exact(self.value) * n
-        kept = math.floor((layers * average - layer * n) / (layers - layer))
-        if kept < 1:
-            least = Fraction(layer * n + (layers - layer), layers)
-            possible = math.ceil(least) if is_count else _round_up(least / n)
+        def least(n: int) -> Fraction:  # the average at which one token stays
+            return Fraction(layer * n + (layers - layer), layers)
+
+        def kept(n: int) -> int:
+            average = self.exact * n if self.is_share else self.exact
+            return math.floor((layers * average - layer * n) / (layers - layer))
+
+        impossible = [n for n in spans if not 1 <= kept(n) <= n]
+        if impossible:
+            low, high = max(math.ceil(least(n)) for n in spans), min(spans)
+            share = math.ceil(max(least(n) / n for n in spans) * 10_000) / 10_000
+            counts = f"average={low} up to average={high}"
             raise BudgetError(
-                f"average={self.value} is below what a span of {n} tokens allows: the first "
-                f"{layer} of {layers} layers see all of them; use average={possible} or more"
+                f"average={self.value} is impossible for a span of {impossible[0]} tokens, all of "
+                f"which the first {layer} of {layers} layers see; use "
+                + (f"average={share} or more" if self.is_share or low > high else counts)
             )
-        return _check_fits(self.key, self.value, kept, n)
+        return [kept(n) for n in spans]
 
 
 @dataclass(frozen=True)
 class FlopsReduction:
     """Target share of prefill FLOPs to save, in (0, 1), by the model in `DecoderShape`.
 
-    The same share of each span is kept: the largest whose prefill saves at least the target.
+    The same share of each span is kept, rounded down and at least one token: the largest share
+    whose prefill saves at least the target.
     """
 
     value: float
@@ -149,25 +184,25 @@ class FlopsReduction:
         if not visual:
             return []
 
-        def kept_of_each(total: int) -> list[int]:
-            return [max(1, n * total // visual) for n in spans]
+        def kept(share: int) -> list[int]:  # in units of 2^-40, finer than any two counts differ
+            return [max(1, n * share >> 40) for n in spans]
 
-        def reduction(total: int) -> float:
-            kept = sum(kept_of_each(total)) + other_tokens
-            return shape.flops_reduction(visual + other_tokens, kept, layer)
+        def reduction(share: int) -> float:
+            tokens = sum(kept(share)) + other_tokens
+            return shape.flops_reduction(visual + other_tokens, tokens, layer)
 
-        if reduction(1) < self.value:
-            most = math.floor(reduction(1) * 1000) / 1000
+        if reduction(0) < self.value:
+            most = math.floor(reduction(0) * 1000) / 1000
+            advice = f"use flops={most} or less" if most else f"min_tokens={max(spans)} allows it"
             raise BudgetError(
                 f"flops={self.value} cannot be reached by pruning {visual} visual tokens at "
-                f"layer {layer} of {shape.layers} beside {other_tokens} other tokens; "
-                f"use flops={most} or less"
+                f"layer {layer} of {shape.layers} beside {other_tokens} other tokens; {advice}"
             )
-        low, high = 1, visual  # reduction falls as the total grows: find the largest that saves
+        low, high = 0, 1 << 40  # the reduction falls as the share grows
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if reduction(middle) >= self.value else (low, middle - 1)
-        return kept_of_each(low)
+        return kept(low)
 
 
 Budget = Keep | LayerAverage | FlopsReduction
@@ -179,32 +214,3 @@ BUDGETS: dict[str, type[Keep] | type[LayerAverage] | type[FlopsReduction]] = {
 def layer_average(tokens: int, kept: int, *, layer: int, layers: int) -> float:
     """Mean number of visual tokens over all layers: the inverse of `LayerAverage`."""
     return (layer * tokens + (layers - layer) * kept) / layers
-
-
-def _exact(decimal: float) -> Fraction:
-    return Fraction(repr(decimal))
-
-
-def _round_up(share: Fraction) -> float:
-    return math.ceil(share * 10_000) / 10_000
-
-
-def _check_count_or_share(key: str, value: int | float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BudgetError(f"{key}={value!r} is no number; examples: {key}=128, {key}=0.25")
-    if isinstance(value, int) and value < 1:
-        raise BudgetError(f"{key}={value} keeps nothing; a count is at least 1, as in {key}=128")
-    if isinstance(value, float) and not 0 < value <= 1:
-        raise BudgetError(
-            f"{key}={value} is outside (0, 1]; a decimal is a share of the picture's tokens, as "
-            f"in {key}=0.25, an integer is a count, as in {key}=128"
-        )
-
-
-def _check_fits(key: str, value: int | float, kept: int, n: int) -> int:
-    if kept > n:
-        raise BudgetError(
-            f"{key}={value} asks for more than a span of {n} tokens has; use at most {key}={n}, "
-            f"a decimal such as {key}=0.25, or min_tokens={n} to leave spans of this size whole"
-        )
-    return kept

@@ -20,7 +20,7 @@ def read_config(model: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text())
     except OSError:
         raise EntropyPruneError(f"{model} is no checkpoint folder: no config.json") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise EntropyPruneError(f"{path} is no valid JSON: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise EntropyPruneError(f"{path} names no model_type")

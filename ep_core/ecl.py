@@ -19,6 +19,7 @@ from ep_core.errors import EntropyPruneError
 
 BOOTSTRAP_RESAMPLES = 1000
 MIN_SAMPLES = 4
+MIN_OTHER_LAYERS = 3  # fewer have no spread to compare with
 MIN_SHARE_OF_RESAMPLES = 0.95
 MIN_SHARE_OF_SAMPLES = 0.6
 MIN_STANDARD_DROP = 3.0
@@ -44,6 +45,8 @@ class EntropyProfile:
                 "an entropy profile needs at least one sample and the same 3 or more layers in "
                 f"each, got {len(self.entropies)} samples of {sorted(widths)} layers"
             )
+        if not all(0 <= value <= 1 for sample in self.entropies for value in sample):
+            raise EntropyPruneError("an entropy profile holds numbers in [0, 1]")
 
     @property
     def median(self) -> list[float]:
@@ -61,7 +64,9 @@ class EntropyProfile:
         try:
             value: dict[str, Any] = json.loads(text)
             return cls(value["model"], tuple(tuple(map(float, s)) for s in value["entropies"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except EntropyPruneError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
             raise EntropyPruneError(f"this is no entropy profile: {error!r}") from None
 
 
@@ -110,6 +115,10 @@ def find_collapse_layer(profile: EntropyProfile, *, seed: int = 0) -> Collapse:
     share_of_samples = float((drops[:, best] > 0).mean())
     refusals = [
         (samples < MIN_SAMPLES, f"{samples} samples are too few, {MIN_SAMPLES} are needed"),
+        (
+            len(others) < MIN_OTHER_LAYERS,
+            f"{len(others) + 2} layers are too few, {MIN_OTHER_LAYERS + 2} are needed",
+        ),
         (median[best] <= 0, "the entropy falls before no layer"),
         (
             standard_drop < MIN_STANDARD_DROP,

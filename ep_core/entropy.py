@@ -72,19 +72,22 @@ def matrix_entropy(
         raise EntropyPruneError(f"dtype={dtype}: allowed are torch.float32 and torch.float64")
 
     heads = q.shape[1]
-    finite = torch.isfinite(q).flatten(1).all(dim=1)  # [N]
-    # eigvalsh fails for the whole batch on one NaN, so such tokens are scored as zeros first
-    q = torch.where(finite[:, None, None], q, torch.zeros_like(q))
     if compat == "released":
         x = (q - q.mean(dim=1, keepdim=True)).double()
-        eigenvalues = torch.linalg.eigvalsh(x @ x.mT / heads).clamp_min(RELEASED_EIGENVALUE_FLOOR)
-        entropy = -(eigenvalues * eigenvalues.log()).sum(dim=1)
     else:
         x = q.double()
         x = x - x.mean(dim=1, keepdim=True)
-        if normalize == "rows":
-            x = _unit_rows(x)
-        entropy = _gram_entropy(x @ x.mT / heads, unit_trace=normalize == "trace", dtype=dtype)
+    if normalize == "rows":
+        x = _unit_rows(x)
+    gram = x @ x.mT / heads  # [N, H, H]
+    finite = gram.diagonal(dim1=1, dim2=2).sum(dim=1).isfinite()
+    # eigvalsh fails for the whole batch on one NaN
+    gram = torch.where(finite[:, None, None], gram, 0.0)
+    if compat == "released":
+        spectrum = torch.linalg.eigvalsh(gram).clamp_min(RELEASED_EIGENVALUE_FLOOR)
+        entropy = -(spectrum * spectrum.log()).sum(dim=1)
+    else:
+        entropy = _gram_entropy(gram, unit_trace=normalize == "trace", dtype=dtype)
     score = entropy / math.log(heads)
     return torch.where(finite, score, -math.inf).float()
 
@@ -155,7 +158,7 @@ def _check_queries(q: torch.Tensor) -> None:
 
 def _unit_rows(x: torch.Tensor) -> torch.Tensor:
     norm = x.norm(dim=-1, keepdim=True)
-    return torch.where(norm > 0, x / norm, 0.0)
+    return torch.where(norm == 0, 0.0, x / norm)  # a NaN stays one
 
 
 def _gram_entropy(gram: torch.Tensor, *, unit_trace: bool, dtype: torch.dtype) -> torch.Tensor:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 class EntropyPruneError(ValueError):
-    """Base of every error that a user's input or setup can cause; the command line prints it."""
+    """Base of every error that a user's input or setup can cause; always one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
 
 
 class PolicyError(EntropyPruneError):

@@ -27,10 +27,10 @@ def draw_overlay(
         grids: where each picture's tokens lie.
         out: file to write.
     """
-    panels = [
-        _panel(Image.open(picture).convert("RGB"), span, grid)
-        for picture, span, grid in zip(pictures, spans, grids, strict=True)
-    ]
+    panels = []
+    for path, span, grid in zip(pictures, spans, grids, strict=True):
+        with Image.open(path) as picture:
+            panels.append(_panel(picture.convert("RGB"), span, grid))
     sheet = Image.new("RGB", (sum(panel.width for panel in panels), HEIGHT + CAPTION), "white")
     left = 0
     for panel in panels:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -56,8 +57,10 @@ def check_point(point: AttachPoint) -> PointStatus:
         target: Any = importlib.import_module(module_name)
         for name in path.split("."):
             target = getattr(target, name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # importing a host can raise anything: a missing driver, say
         return PointStatus(point.target, "FAILED", f"not found: {error}")
+    if not callable(target):
+        return PointStatus(point.target, "FAILED", "it is no callable any more")
     missing = missing_parameters(target, point.parameters)
     if missing:
         return PointStatus(
@@ -68,8 +71,9 @@ def check_point(point: AttachPoint) -> PointStatus:
 
 def missing_parameters(target: Callable[..., Any], names: tuple[str, ...]) -> list[str]:
     """Which of the named parameters a callable does not take by name."""
-    parameters = inspect.signature(target).parameters
-    return [name for name in names if name not in parameters]
+    parameters = inspect.signature(target).parameters.values()
+    by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return [name for name in names if name not in by_name]
 
 
 class Patches:
@@ -79,7 +83,7 @@ class Patches:
     """
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], object]] = []
+        self._stack = ExitStack()
 
     def replace(
         self,
@@ -108,12 +112,11 @@ class Patches:
 
     def add(self, undo: Callable[[], object]) -> None:
         """Register how to reverse a change that was made through a door of the host's own."""
-        self._undo.append(undo)
+        self._stack.callback(undo)
 
     def undo(self) -> None:
-        """Reverse every change, last first."""
-        while self._undo:
-            self._undo.pop()()
+        """Reverse every change, last first; one that fails does not stop the others."""
+        self._stack.close()
 
     def __enter__(self) -> Self:
         return self

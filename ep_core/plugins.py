@@ -66,14 +66,21 @@ def load_plugins(blocked: Iterable[str] = ()) -> pluggy.PluginManager:
     manager.add_hookspecs(hookspecs)
     for name in blocked:
         manager.set_blocked(name)
-    for entry in sorted(entry_points(group=hookspecs.PROJECT), key=lambda entry: entry.name):
-        if manager.is_blocked(entry.name) or manager.has_plugin(entry.name):
+    loaded: dict[str, str] = {}
+    for entry in sorted(set(entry_points(group=hookspecs.PROJECT))):
+        if manager.is_blocked(entry.name) or loaded.get(entry.name) == entry.value:
             continue
         try:
-            manager.register(entry.load(), name=entry.name)
+            if entry.name in loaded:
+                raise PluginError(f"the name is taken by {loaded[entry.name]}")
+            plugin = entry.load()
+            manager.register(plugin, name=entry.name)
+            loaded[entry.name] = entry.value
+            manager.check_pending()
         except Exception as error:  # a stranger's import can raise anything; it must not stop us
+            if loaded.get(entry.name) == entry.value:
+                manager.unregister(name=entry.name)
             _warn_left_out(entry.name, error)
-    manager.check_pending()
     return manager
 
 

@@ -18,7 +18,7 @@ EXAMPLE = "layer=2,keep=128,method=released"
 DEFAULT_METHOD = "released"
 
 _KEYS = ("layer", *BUDGETS, "method", "min_tokens")
-_INTEGER = re.compile(r"[+-]?\d+")
+_INTEGER = re.compile(r"[+-]?\d{1,18}")
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,20 @@ class PruningPolicy:
         """
         if text.lstrip().startswith("{"):
             try:
-                value = json.loads(text)
+                value = json.loads(text, object_pairs_hook=_without_repeats)
             except json.JSONDecodeError as error:
-                raise PolicyError(f"the policy is no valid JSON: {error}") from None
+                raise PolicyError(
+                    f"the policy is no valid JSON: {error}; an example is "
+                    '{"layer": 2, "keep": 128}'
+                ) from None
             return cls.from_json(value)
-        fields: dict[str, Any] = {}
+        fields: list[tuple[str, Any]] = []
         for item in text.split(","):
             key, equals, value = (part.strip() for part in item.partition("="))
             if not equals or not key or not value:
                 raise PolicyError(f"cannot read {item.strip()!r} in the policy, as in {EXAMPLE!r}")
-            if key in fields:
-                raise PolicyError(f"{key} is given twice in the policy {text!r}")
-            fields[key] = _number(value) if key not in ("method",) else value
-        return cls.from_json(fields)
+            fields.append((key, value if key == "method" else _number(value)))
+        return cls.from_json(_without_repeats(fields))
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PruningPolicy:
@@ -142,6 +143,13 @@ class PruningPolicy:
                 f"{layers - 1}"
             )
         return replace(self, layer=layer)
+
+
+def _without_repeats(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in fields]
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise PolicyError(f"{repeated[0]} is given twice; an example is {EXAMPLE!r}")
+    return dict(fields)
 
 
 def _number(text: str) -> int | float | str:

@@ -51,15 +51,28 @@ class Selector:
     select: Callable[[SpanInputs, int], torch.Tensor]
 
     def __call__(self, inputs: SpanInputs, k: int) -> torch.Tensor:
-        """Select and check that the answer is k ascending indices of the span."""
+        """Select, and check that the answer is k ascending indices of the span.
+
+        The indices themselves are checked on the CPU only: elsewhere it would wait for the device.
+        """
         for need in self.needs:
             if getattr(inputs, need) is None:
                 raise EntropyPruneError(f"selector {self.name!r} needs {need}, none were given")
+        n = min((len(getattr(inputs, need)) for need in self.needs), default=k)
+        if not 1 <= k <= n:
+            raise EntropyPruneError(f"cannot keep {k} of the {n} tokens of a span")
         kept = self.select(inputs, k)
         if kept.shape != (k,) or kept.dtype != torch.int64:
             raise EntropyPruneError(
                 f"selector {self.name!r} returned {list(kept.shape)} {kept.dtype}, "
                 f"expected [{k}] torch.int64"
+            )
+        if kept.device.type == "cpu" and not (
+            kept[0] >= 0 and kept[-1] < n and bool((kept.diff() > 0).all())
+        ):
+            raise EntropyPruneError(
+                f"selector {self.name!r} returned {kept.tolist()}, expected ascending indices "
+                f"below {n}"
             )
         return kept
 
@@ -89,8 +102,9 @@ def greedy_renyi2(hidden: torch.Tensor, k: int) -> torch.Tensor:
         hidden: `[N, d]` hidden states.
         k: 1 <= k <= N.
     """
-    # float64 sums: their order, which differs between devices, cannot move a pick
-    similarity = cosine_gram(hidden).double().square()  # [N, N], NaN where there is no direction
+    # [N, N], NaN where there is no direction. In units of 2^-40 sums of up to 2^13 terms are exact
+    # in float64: their order, which differs between devices, cannot move a pick.
+    similarity = (cosine_gram(hidden).double().square() * 2**40).round()
     n = similarity.shape[0]
     index = torch.arange(n, device=hidden.device)
     unusable = similarity.diagonal().isnan()

@@ -97,6 +97,9 @@ def select(
     Returns:
         For each span `[keep]` int64 indices relative to its start, ascending.
     """
+    tokens = min(len(tensor) for tensor in (queries, hidden) if tensor is not None)
+    if outside := [span for span in spans if span.stop > tokens]:
+        raise EntropyPruneError(f"{outside[0]} lies outside the prompt's {tokens} tokens")
     chosen = []
     for span, k in zip(spans, keep, strict=True):
         window = slice(span.start, span.stop)

@@ -6,13 +6,22 @@ from typing import Any
 
 from ep_core.adapter import Config
 from ep_core.budget import DecoderShape
+from ep_core.errors import UnsupportedError
 
+# sizes that published LLaVA-1.5 checkpoints leave out: the defaults of transformers' LlamaConfig
+LLAMA_DEFAULTS = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+}
 QUERY_NORM_DECODERS = frozenset({"qwen3", "qwen3_moe", "gemma3_text"})
 
 
 def text_config(config: Config) -> dict[str, Any]:
     """The language model's part of config.json, flat in checkpoints of an older layout."""
-    return dict(config.get("text_config") or config)
+    text = dict(config.get("text_config") or config)
+    return LLAMA_DEFAULTS | text if text.get("model_type") == "llama" else text
 
 
 def decoder_shape(config: Config) -> DecoderShape:
@@ -20,8 +29,13 @@ def decoder_shape(config: Config) -> DecoderShape:
 
     Args:
         config: config.json of the checkpoint.
+
+    Raises:
+        UnsupportedError: a size is missing; it is named.
     """
     text = text_config(config)
+    if missing := [name for name in LLAMA_DEFAULTS if name not in text]:
+        raise UnsupportedError(f"config.json does not give the decoder's {', '.join(missing)}")
     heads = text["num_attention_heads"]
     return DecoderShape(
         layers=text["num_hidden_layers"],

@@ -206,7 +206,7 @@ def checkpoint_with(tmp_path: Path, config: str) -> Path:
         (["--image", __file__], ["test_cli.py", "is not a picture"]),
         (["--policy", "layer=2,keep=0"], ["keep=0", "keep=128"]),
         (["--policy", "layer=2,keep=1.5"], ["keep=1.5", "(0, 1]"]),
-        (["--policy", "layer=2,keep=999"], ["keep=999", "at most keep=144"]),
+        (["--policy", "layer=2,keep=999"], ["keep=999", "keep=144 or less"]),
         (["--policy", "layer=8,keep=9"], ["layer=8", "1 to 7"]),
         (["--policy", "layer=0,keep=9"], ["layer=0", "layer=2"]),
         (["--policy", "layer=2"], ["budget", "layer=2,keep=128"]),
