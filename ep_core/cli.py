@@ -30,6 +30,9 @@ try:
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
+
+    from ep_core.overlay import draw_overlay
+    from ep_core.pictures import read_picture
 except ImportError as error:  # one line instead of a traceback for a bare installation
     sys.exit(
         f"entropyprune: error: the command line needs {error.name}; "
@@ -220,15 +223,12 @@ class _ModelFacts:
 
     def draw(self, images: tuple[Path, ...], answer: Answer, out: Path) -> None:
         """Draw the pictures with what was kept of each."""
-        from ep_core.overlay import draw_overlay
-
         if len(answer.spans) != len(images):
             raise EntropyPruneError(f"no overlay: {answer.reason or 'the engine names no spans'}")
-        grids = []
-        for path, span in zip(images, answer.spans, strict=True):
-            with Image.open(path) as picture:
-                size = picture.size
-            grids.append(self.adapter.patch_grid(self.config, span.stop - span.start, size))
+        grids = [
+            self.adapter.patch_grid(self.config, span.stop - span.start, read_picture(path).size)
+            for path, span in zip(images, answer.spans, strict=True)
+        ]
         draw_overlay(images, answer.spans, grids, out)
 
 

@@ -76,7 +76,8 @@ def matrix_entropy(
         x = (q - q.mean(dim=1, keepdim=True)).double()
     else:
         x = q.double()
-        x = x - x.mean(dim=1, keepdim=True)
+        # not mean(): CUDA multiplies by a rounded 1/H, which leaves noise where heads are alike
+        x = x - x.sum(dim=1, keepdim=True) / heads
     if normalize == "rows":
         x = _unit_rows(x)
     gram = x @ x.mT / heads  # [N, H, H]
@@ -104,11 +105,16 @@ def layer_entropy(hidden: torch.Tensor) -> float:
 
     Returns:
         A number in `[0, 1]`: 0 when all tokens are alike, 1 when all directions are equally used.
+
+    Raises:
+        EntropyPruneError: the shape does not fit, or a value is NaN or infinite.
     """
     if hidden.ndim != 2 or min(hidden.shape) < 2:
         raise EntropyPruneError(
             f"layer_entropy needs hidden states [N >= 2, d >= 2], got {list(hidden.shape)}"
         )
+    if not bool(hidden.isfinite().all()):
+        raise EntropyPruneError("hidden states hold NaN or infinity; a wider dtype may help")
     x = hidden.double()
     x = _unit_rows(x - x.mean(dim=0, keepdim=True))
     gram = x @ x.mT if x.shape[0] <= x.shape[1] else x.mT @ x

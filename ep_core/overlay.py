@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ep_core.adapter import PatchGrid
+from ep_core.pictures import read_picture
 from ep_core.report import SpanRecord
 
 HEIGHT = 672  # pixels of each drawn picture
@@ -27,10 +28,10 @@ def draw_overlay(
         grids: where each picture's tokens lie.
         out: file to write.
     """
-    panels = []
-    for path, span, grid in zip(pictures, spans, grids, strict=True):
-        with Image.open(path) as picture:
-            panels.append(_panel(picture.convert("RGB"), span, grid))
+    panels = [
+        _panel(read_picture(path), span, grid)
+        for path, span, grid in zip(pictures, spans, grids, strict=True)
+    ]
     sheet = Image.new("RGB", (sum(panel.width for panel in panels), HEIGHT + CAPTION), "white")
     left = 0
     for panel in panels:

@@ -77,7 +77,7 @@ def load_plugins(blocked: Iterable[str] = ()) -> pluggy.PluginManager:
             manager.register(plugin, name=entry.name)
             loaded[entry.name] = entry.value
             manager.check_pending()
-        except Exception as error:  # a stranger's import can raise anything; it must not stop us
+        except (Exception, SystemExit) as error:  # a stranger's import must not stop us
             if loaded.get(entry.name) == entry.value:
                 manager.unregister(name=entry.name)
             _warn_left_out(entry.name, error)
@@ -121,7 +121,7 @@ def collect(manager: pluggy.PluginManager) -> Registry:
     )
 
 
-def _warn_left_out(plugin: str, error: Exception) -> None:
+def _warn_left_out(plugin: str, error: BaseException) -> None:
     warnings.warn(f"entropyprune plugin {plugin!r} is left out: {error!r}", stacklevel=3)
 
 

@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import torch
 import transformers
-from PIL import Image
 
 from ep_backends.transformers.ledger import POINTS
 from ep_backends.transformers.processor import load_processor
@@ -20,6 +19,7 @@ from ep_core.checkpoint import read_config
 from ep_core.entropy import layer_entropy
 from ep_core.errors import EntropyPruneError, UnsupportedError
 from ep_core.patching import PointStatus, check_point
+from ep_core.pictures import read_picture
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
 from ep_core.report import RequestRecord
@@ -203,6 +203,6 @@ def _parts(request: Request) -> list[dict[str, Any]]:
     return [
         {"type": "text", "text": part}
         if isinstance(part, str)
-        else {"type": "image", "image": Image.open(part).convert("RGB")}
+        else {"type": "image", "image": read_picture(part)}
         for part in request.content
     ]
