@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 from ep_backends.transformers.processor import load_processor
 from ep_conformance.plugin import Workshop
+from ep_core.pictures import read_picture
 
 Encode = Callable[..., dict[str, torch.Tensor]]
 
@@ -44,7 +45,7 @@ class Lab:
                     "content": [
                         {"type": "text", "text": part}
                         if isinstance(part, str)
-                        else {"type": "image", "image": str(part)}
+                        else {"type": "image", "image": read_picture(part)}
                         for part in message
                     ],
                 }

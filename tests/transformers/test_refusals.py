@@ -1,5 +1,7 @@
 """What cannot be pruned is refused by name, or runs unpruned and says why."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -32,6 +34,7 @@ def qwen_model(qwen):
         ({"cache_implementation": "static"}, "cache_implementation='static'"),
         ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
         ({"prefill_chunk_size": 8}, "prefill_chunk_size"),
+        ({"guidance_scale": 1.5}, "guidance_scale"),
         ({"output_attentions": True}, "output_attentions"),
         ({"output_hidden_states": True}, "output_hidden_states"),
         ({"custom_generate": lambda *args, **kwargs: None}, "custom_generate"),
@@ -159,18 +162,27 @@ def test_a_cropped_cache_is_refused(qwen, qwen_model):
     inputs = qwen.encode([qwen.picture(0), "what?"])
     with enable(qwen_model, POLICY):
         cache = prefilled(qwen_model, inputs)
-        for layer in cache.layers:
-            layer.crop(-1)
-        with pytest.raises(UnsupportedError, match="cropped"):
+        with pytest.raises(UnsupportedError, match="cannot be cropped"):
+            cache.crop(-1)
+        with pytest.raises(UnsupportedError, match="was cropped"):
             qwen_model(input_ids=torch.tensor([[5]]), past_key_values=cache)
 
 
-def test_a_cache_of_another_policy_is_refused(qwen, qwen_model):
+@pytest.mark.parametrize("other", ["layer=1,keep=0.3", "layer=2,keep=0.4"])
+def test_a_cache_of_another_policy_is_refused(qwen, qwen_model, other):
     inputs = qwen.encode([qwen.picture(0), "what?"])
     with enable(qwen_model, POLICY):
         cache = prefilled(qwen_model, inputs)
-    with enable(qwen_model, "layer=1,keep=2"), pytest.raises(UnsupportedError, match="policy"):
+    with enable(qwen_model, other), pytest.raises(UnsupportedError, match="another policy"):
         qwen_model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+def test_a_pruned_cache_is_not_continued_by_the_decoder_alone(qwen, qwen_model):
+    inputs = qwen.encode([qwen.picture(0), "what?"])
+    with enable(qwen_model, POLICY):
+        cache = prefilled(qwen_model, inputs)
+        with pytest.raises(UnsupportedError, match="calling the model"):
+            qwen_model.get_decoder()(input_ids=torch.tensor([[5]]), past_key_values=cache)
 
 
 def test_a_reset_cache_starts_anew(qwen, qwen_model):
@@ -227,3 +239,172 @@ def test_a_missing_device_or_dtype_is_one_line(qwen):
             backend.open(qwen.path, policy, device="cuda")
     with pytest.raises(UnsupportedError, match="float32, bfloat16, float16"):
         backend.open(qwen.path, policy, dtype="int8")
+
+
+def test_training_is_refused(qwen):
+    model = qwen.model().train()
+    inputs = qwen.encode([qwen.picture(0), "what?"])
+    with enable(model, POLICY):
+        with pytest.raises(UnsupportedError, match="training"):
+            model(**inputs)
+        with torch.no_grad():
+            model(**inputs)
+
+
+def test_packed_prompts_are_refused(lab):
+    llava = lab("llava")
+    model = llava.model()
+    ids = llava.encode([llava.picture(0), "what?"])["input_ids"]
+    tokens = ids.shape[1]
+    packed = torch.cat([torch.arange(tokens), torch.arange(tokens)])[None]
+    with enable(model, POLICY), pytest.raises(UnsupportedError, match="packed position_ids"):
+        model(input_ids=ids.repeat(1, 2), position_ids=packed, use_cache=False)
+
+
+def test_continuous_batching_is_refused(qwen_model):
+    with enable(qwen_model, POLICY):
+        with pytest.raises(UnsupportedError, match="continuous batching"):
+            qwen_model.generate_batch([[1, 2, 3]])
+        with pytest.raises(UnsupportedError, match="continuous batching"):
+            qwen_model.init_continuous_batching()
+
+
+def test_a_flops_budget_without_a_cache_is_refused(qwen, qwen_model):
+    inputs = qwen.encode([qwen.picture(0), "what?"])
+    with enable(qwen_model, "layer=2,flops=0.05"):
+        qwen_model.generate(**inputs, max_new_tokens=2)
+        with pytest.raises(UnsupportedError, match="use_cache=False under a flops budget"):
+            qwen_model.generate(**inputs, max_new_tokens=2, use_cache=False)
+
+
+def test_an_enabled_model_is_not_copied_or_pickled(qwen, tmp_path):
+    model = qwen.model()
+    with enable(model, POLICY):
+        with pytest.raises(UnsupportedError, match="copied or pickled"):
+            copy.deepcopy(model)
+        with pytest.raises(UnsupportedError, match="copied or pickled"):
+            torch.save(model, tmp_path / "model.pt")
+    copy.deepcopy(model)
+
+
+def test_a_wrapper_is_refused_with_what_to_enable(qwen_model):
+    with pytest.raises(UnsupportedError, match="get_base_model"):
+        enable(torch.nn.Sequential(qwen_model), POLICY)
+
+
+def test_a_second_policy_on_the_same_decoder_is_refused(qwen_model):
+    with enable(qwen_model, POLICY), pytest.raises(UnsupportedError, match="already on with"):
+        enable(qwen_model.base_model, POLICY)
+
+
+def test_a_failing_enable_leaves_nothing_behind(qwen):
+    model = qwen.model()
+    del model.get_decoder().layers[1].self_attn.q_proj
+    with pytest.raises(AttributeError):
+        enable(model, POLICY)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert "generate" not in vars(model)
+
+
+def test_a_sliding_window_without_layer_types_is_refused():
+    from transformers import (
+        CLIPVisionConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        MistralConfig,
+    )
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, **heads, image_size=28, patch_size=14),
+        text_config=MistralConfig(**sizes, **heads, num_key_value_heads=2, vocab_size=64),
+    )
+    with pytest.raises(UnsupportedError, match="sliding_attention"):
+        enable(LlavaForConditionalGeneration(config), "layer=1,keep=2")
+
+
+@pytest.mark.parametrize("part", ["whole", "half"])
+def test_a_masked_picture_is_padding_and_a_half_masked_one_runs_unpruned(lab, part):
+    llava = lab("llava")
+    model = llava.model()
+    inputs = llava.encode([llava.picture(0), "and", llava.picture(1), "what is it?"])
+    columns = (inputs["input_ids"][0] == model.config.image_token_index).nonzero()[:, 0]
+    first = columns[:64] if part == "whole" else columns[:32]
+    inputs["attention_mask"][0, first] = 0
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
+    with torch.no_grad():
+        plain = model(**inputs).logits[0, -1]
+        with enable(model, "layer=2,keep=5") as pruning:
+            pruned = model(**inputs).logits[0, -1]
+            (record,) = pruning.records
+            inputs["pixel_values"][0] += 1  # the hidden picture must not matter
+            again = model(**inputs).logits[0, -1]
+    if part == "half":
+        assert record.reason == "the attention mask hides a part of a picture"
+        assert torch.equal(plain, pruned)
+    else:
+        assert [len(span.kept) for span in record.spans] == [5]
+        assert float((pruned - again).abs().max()) < 1e-5
+
+
+def test_a_row_that_is_all_padding_passes(lab):
+    llava = lab("llava")
+    model = llava.model()
+    inputs = llava.encode([llava.picture(0), "what?"], [llava.picture(1), "what?"])
+    inputs["attention_mask"][1] = 0
+    with torch.no_grad(), enable(model, "layer=2,keep=5") as pruning:
+        together = model(**inputs).logits[0, -1]
+        alone = model(**llava.encode([llava.picture(0), "what?"])).logits[0, -1]
+        model(**inputs)
+        reasons = [record.reason for record in pruning.records]
+    assert reasons == [None, "the prompt has no visual tokens"]
+    assert float((together - alone).abs().max()) < 1e-4
+
+
+def test_an_interrupted_pass_does_not_reach_the_next(qwen, qwen_model):
+    inputs = qwen.encode([qwen.picture(0), "what?"])
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with enable(qwen_model, POLICY), torch.no_grad():
+        handle = qwen_model.get_decoder().layers[-1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            qwen_model(**inputs)
+        handle.remove()
+        embeddings = qwen_model.get_input_embeddings()(inputs["input_ids"])
+        states = qwen_model.get_decoder()(inputs_embeds=embeddings).last_hidden_state
+    assert not states.isnan().any()
+
+
+def test_threads_do_not_mix(lab):
+    llava = lab("llava")
+    model = llava.model()
+    prompts = [llava.encode([llava.picture(i), f"question {i}"]) for i in range(8)]
+
+    def logits(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        with torch.no_grad():
+            return model(**inputs).logits[0, -1], pruning.records
+
+    with enable(model, POLICY) as pruning:
+        expected = [logits(inputs) for inputs in prompts]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(logits, prompts * 4))
+        seen = pruning.counters.requests_pruned
+    for i, (answer, records) in enumerate(found):
+        assert torch.equal(answer, expected[i % 8][0]), f"call {i} differs under threads"
+        assert records == expected[i % 8][1]
+    assert seen == 8 + 32
+
+
+def test_a_model_compiled_before_enable_is_refused(lab):
+    llava = lab("llava")
+    model = llava.model()
+    inputs = llava.encode([llava.picture(0), "what?"])
+    compiled = torch.compile(model.get_decoder(), backend="eager")
+    model.base_model.language_model = compiled
+    with torch.no_grad():
+        model(**inputs)
+        with enable(model, POLICY), pytest.raises(UnsupportedError, match=r"before torch\.compile"):
+            model(**inputs)

@@ -7,10 +7,18 @@ below are what those doors rely on.
 from __future__ import annotations
 
 import copy
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn
 
+import torch
+from torch import nn
+
+from ep_core.adapter import ModelAdapter
+from ep_core.budget import FlopsReduction
 from ep_core.errors import UnsupportedError
-from ep_core.patching import AttachPoint
+from ep_core.patching import AttachPoint, missing_parameters
+from ep_core.policy import PruningPolicy
 
 _LAYER_WHY = "layers >= K get shorter inputs, passed by these names"
 _LAYER_UPSTREAM = "forward hooks are official; the names of a layer's inputs are convention"
@@ -71,19 +79,76 @@ POINTS = (
 ATTENTION = ("sdpa", "eager")
 GENERATION_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
-_REFUSED_OPTIONS = {
-    "prefill_chunk_size": "a chunk may end inside a picture, whose tokens are ranked together",
+_BY_LAYER = {
     "output_attentions": "layers >= K attend fewer tokens, so attention maps differ in size",
     "output_hidden_states": "layers >= K hold fewer tokens, so hidden states differ in size",
 }
+_REFUSED_OPTIONS = _BY_LAYER | {
+    "prefill_chunk_size": "a chunk may end inside a picture, whose tokens are ranked together",
+    "guidance_scale": "it runs a second prompt through the model for each request",
+}
 
 
-def check_generation(default: Any, arguments: dict[str, Any]) -> None:
-    """Refuse, by name, what cannot work with pruning.
+def check_decoder(decoder: Any, adapter: ModelAdapter, *, query_norm: bool) -> None:
+    """Refuse decoders that the hooks do not fit.
+
+    Raises:
+        UnsupportedError: with the property, and what is supported.
+    """
+    config, first = decoder.config, decoder.layers[0]
+    if config._attn_implementation not in ATTENTION:
+        raise UnsupportedError(
+            f"attention implementation {config._attn_implementation!r} is not proven with "
+            f"pruning; load the model with attn_implementation set to one of {', '.join(ATTENTION)}"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if getattr(config, "sliding_window", None):
+        kinds.add("sliding_attention")
+    if kinds != {"full_attention"}:
+        raise UnsupportedError(
+            f"a decoder with {', '.join(sorted(kinds - {'full_attention'}))} is not supported; "
+            "supported is full_attention in every layer"
+        )
+    names = ("hidden_states", "attention_mask", "past_key_values", *adapter.cut_along)
+    missing = missing_parameters(first.forward, names)
+    source = "q_norm" if query_norm else "q_proj"
+    if not hasattr(getattr(first, "self_attn", None), source):
+        missing.append(f"self_attn.{source}")
+    if missing:
+        raise UnsupportedError(
+            f"{type(first).__name__} has no {', '.join(missing)}, which pruning relies on"
+        )
+
+
+def check_inputs(module: nn.Module, decoder: Any, given: dict[str, Any]) -> None:
+    """Refuse arguments of a forward call that pruning would make wrong.
+
+    Args:
+        module: the base model.
+        decoder: its language model.
+        given: the call's arguments by name.
+    """
+    if module.training and torch.is_grad_enabled():
+        raise _refusal("training", "a dropped token has no output to learn from")
+    for name, reason in _BY_LAYER.items():
+        if given.get(name) or any(getattr(m.config, name, False) for m in (module, decoder)):
+            raise _refusal(name, reason)
+    positions = given.get("position_ids")
+    if positions is None or given.get("attention_mask") is not None:
+        return
+    # without a mask transformers reads packed prompts off the text positions
+    text = positions[0] if positions.ndim == 3 and len(positions) == 4 else positions
+    if text.ndim == 2 and bool((text.diff(dim=-1) != 1).any()):
+        raise _refusal("packed position_ids", "several prompts in one row cannot be told apart")
+
+
+def check_generation(default: Any, policy: PruningPolicy, arguments: dict[str, Any]) -> None:
+    """Refuse options of `generate` that cannot work with pruning.
 
     Args:
         default: the model's `GenerationConfig`.
-        arguments: keyword arguments of a `generate` call.
+        policy: what is pruned.
+        arguments: arguments of the call by name.
 
     Raises:
         UnsupportedError: with the option, the reason and what to do.
@@ -100,9 +165,23 @@ def check_generation(default: Any, arguments: dict[str, Any]) -> None:
             f"cache_implementation={config.cache_implementation!r}",
             "layers >= K need a cache that is shorter than below: the dynamic cache",
         )
+    if config.use_cache is False and isinstance(policy.budget, FlopsReduction):
+        raise _refusal(
+            "use_cache=False under a flops budget", "the prompt, and so the budget, grows each step"
+        )
     for name, reason in _REFUSED_OPTIONS.items():
         if getattr(config, name):
             raise _refusal(name, reason)
+
+
+def refuse_continuous_batching(method: Callable[..., Any]) -> Callable[..., NoReturn]:
+    """What takes the place of transformers' continuous batching while pruning is on."""
+
+    @functools.wraps(method)
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise _refusal("continuous batching", "its paged cache has one length for all layers")
+
+    return refuse
 
 
 def _refusal(what: str, reason: str) -> UnsupportedError:

@@ -1,13 +1,13 @@
-"""Pruning inside a transformers model: hooks at three places of the decoder.
+"""Pruning inside a transformers model: hooks at four places.
 
 - the base model's input: find the pictures and plan how many tokens each keeps (host integers);
 - layer K-1: read the query states, where the selector wants them;
-- layers K..: layer K keeps the selected tokens of its input, later layers get what belongs to
-  them, and the last layer's output is spread back to the prompt's length.
+- layers K..: layer K keeps the selected columns of its input, later layers get what belongs to
+  them;
+- the last layer: its output is spread back to the prompt's columns.
 
-A batch is kept rectangular by left padding the shorter rows. The cache of layers >= K then holds
-the kept tokens (and that padding) only; which of its columns are padding travels with the cache
-object itself, so that copies and later turns find it.
+A batch stays rectangular: shorter rows are padded on the left. The cache of layers >= K holds the
+kept columns (and that padding) only; its layer K remembers which ones they are.
 """
 
 from __future__ import annotations
@@ -15,28 +15,34 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from ep_backends.transformers.ledger import ATTENTION, check_generation
+from ep_backends.transformers.cache import HeldColumns, check_cache, from_layer, held_columns
+from ep_backends.transformers.ledger import (
+    check_decoder,
+    check_generation,
+    check_inputs,
+    refuse_continuous_batching,
+)
 from ep_core.adapter import ModelAdapter
 from ep_core.errors import UnsupportedError
-from ep_core.patching import Patches, missing_parameters
+from ep_core.patching import Patches
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
 from ep_core.report import PruneCounters, RequestRecord, SpanRecord
 from ep_core.selectors import Selector
 from ep_core.spans import VisualSpan, plan, select
 
-_ACTIVE = "_entropyprune"  # on a model: its Pruning; on a cache: its _KeptCache
+_ACTIVE = "_entropyprune"  # on a decoder: its Pruning
 
 
 def enable(model: PreTrainedModel, policy: PruningPolicy | str) -> Pruning:
@@ -55,16 +61,22 @@ def enable(model: PreTrainedModel, policy: PruningPolicy | str) -> Pruning:
     """
     if isinstance(policy, str):
         policy = PruningPolicy.parse(policy)
-    if active := getattr(model, _ACTIVE, None):
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(
+            f"{type(model).__name__} is no transformers model; of a wrapper such as PEFT's, "
+            "enable what it wraps, as in enable(model.get_base_model(), policy)"
+        )
+    adapter = registry().adapter(model.config.model_type)
+    decoder = model.get_decoder()
+    if active := getattr(decoder, _ACTIVE, None):
         raise UnsupportedError(
             f"pruning is already on with {active.policy}; disable it before enabling another"
         )
-    adapter = registry().adapter(model.config.model_type)
     config = model.config.to_dict()
-    shape = adapter.decoder_shape(config)
-    policy = policy.at_layer(adapter.default_layer, shape.layers)
-    _check_decoder(model.get_decoder(), adapter)
-    return Pruning(model, policy, adapter, registry().selector(policy.method))
+    policy = policy.at_layer(adapter.default_layer, adapter.decoder_shape(config).layers)
+    selector = registry().selector(policy.method)
+    check_decoder(decoder, adapter, query_norm=adapter.query_norm(config))
+    return Pruning(model, policy, adapter, selector)
 
 
 @dataclass
@@ -134,22 +146,20 @@ class _Pass:
     """One forward pass whose layers >= K differ from those below."""
 
     rows: list[Row]
-    past: torch.Tensor  # [B, P] bool: cached columns of layers >= K that are no padding
-    real: torch.Tensor  # [B, N] bool: columns of this pass that are no padding
-    columns: int | None  # M <= N: columns that layers >= K compute on; None if none is dropped
-    below: int  # columns that layers < K hold after this pass
+    real: torch.Tensor  # [B, cached + N] bool: columns of layers < K that are no padding
+    cached: int
+    held: int | None  # M <= N: new columns that layers >= K hold; None if nothing is dropped
     queries: torch.Tensor | None = None  # [B, N, H, D]
-    index: torch.Tensor | None = None  # [B, M]: which columns, ascending, padding first
+    index: torch.Tensor | None = None  # [B, M]: which new columns, padding first, then ascending
     later_inputs: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class _KeptCache:
-    """What the cache of a pruned prompt must remember."""
+class _Local(threading.local):
+    """What one thread is doing; every thread may run the model."""
 
-    layer: int
-    below: int  # columns in layers < K
-    real: torch.Tensor  # [B, columns in layers >= K] bool: no padding
+    rows: Sequence[Row] = ()
+    planned: _Pass | None = None  # from the base model's hook to the decoder's
+    active: _Pass | None = None  # while the decoder runs
 
 
 class Pruning:
@@ -157,7 +167,7 @@ class Pruning:
 
     Attributes:
         policy: the policy, its layer settled.
-        counters: totals over all prefills since pruning was switched on.
+        counters: totals over the prompts of all prefill passes since pruning was switched on.
     """
 
     def __init__(
@@ -176,15 +186,19 @@ class Pruning:
         self._config = model.config.to_dict()
         self._shape = adapter.decoder_shape(self._config)
         self._decoder = model.get_decoder()
-        self._rows: list[Row] = []
-        self._pass: _Pass | None = None
+        self._signature = inspect.signature(model.base_model.forward)
+        self._local = _Local()
         self._patches = Patches()
-        self._attach(model)
+        try:
+            self._attach(model)
+        except BaseException:
+            self.disable()
+            raise
 
     @property
     def records(self) -> list[RequestRecord]:
-        """One record for each row of the latest prefill; reading it waits for the device."""
-        return [row.record() for row in self._rows]
+        """One record for each row of this thread's latest prefill; reading waits for the device."""
+        return [row.record() for row in self._local.rows]
 
     def disable(self) -> None:
         """Remove every hook; the model is as it was before `enable`. Twice does nothing."""
@@ -201,16 +215,20 @@ class Pruning:
     ) -> None:
         self.disable()
 
+    def __reduce__(self) -> NoReturn:
+        # a copy of the model would keep hooks that act on the original
+        raise UnsupportedError("a model cannot be copied or pickled while pruning is on")
+
     def _attach(self, model: PreTrainedModel) -> None:
         def hook(handle: Any) -> None:
             self._patches.add(handle.remove)
 
-        setattr(model, _ACTIVE, self)
-        self._patches.add(lambda: delattr(model, _ACTIVE))
-        base, layers = model.base_model, self._decoder.layers
-        self._signature = inspect.signature(base.forward)
+        base, decoder, layers = model.base_model, self._decoder, self._decoder.layers
+        setattr(decoder, _ACTIVE, self)
+        self._patches.add(lambda: delattr(decoder, _ACTIVE))
         hook(base.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        hook(base.register_forward_hook(self._after_model, always_call=True))
+        hook(decoder.register_forward_pre_hook(self._before_decoder))
+        hook(decoder.register_forward_hook(self._after_decoder))
         if "queries" in self._selector.needs:
             attention = layers[self._layer - 1].self_attn
             normed = self._adapter.query_norm(self._config)
@@ -221,22 +239,24 @@ class Pruning:
             hook(layer.register_forward_pre_hook(self._before_later_layer, with_kwargs=True))
         hook(layers[-1].register_forward_hook(self._after_last_layer))
         if model.can_generate():
-            self._patches.replace(model, "generate", functools.partial(_guarded, model))
+            make = functools.partial(_checked, model, self.policy)
+            names = ("generation_config", "assistant_model", "custom_generate")
+            self._patches.replace(model, "generate", make, parameters=names)
+            for name in ("generate_batch", "init_continuous_batching"):
+                self._patches.replace(model, name, refuse_continuous_batching)
 
     def _before_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Plan this pass."""
-        self._pass = None
+        self._local.planned = None
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
-        for name in ("output_attentions", "output_hidden_states"):
-            if given.get(name) or getattr(module.config, name, False):
-                raise UnsupportedError(f"{name} does not work with pruning; disable it first")
-        cache, kept_cache = given.get("past_key_values"), None
+        check_inputs(module, self._decoder, given)
+        cache, held = given.get("past_key_values"), None
         cached = 0
         if cache is not None:
-            kept_cache = _check_cache(cache, self._layer)
+            held = check_cache(cache, self.policy)
             cached = cache.get_seq_length()
         inputs = given.get("input_ids")
         if inputs is None:
@@ -252,34 +272,29 @@ class Pruning:
             )
         real = mask.bool()
         # a single new token is decode
-        columns = self._plan(inputs, real, cached) if tokens > 1 else None
-        if columns is not None or kept_cache is not None:
-            self._pass = _Pass(
-                rows=self._rows,
-                past=real[:, :cached] if kept_cache is None else kept_cache.real,
-                real=real[:, cached:],
-                columns=columns,
-                below=cached + tokens,
-            )
+        new = self._plan(inputs, real, cached) if tokens > 1 else None
+        if new is not None or held is not None:
+            rows = list(self._local.rows)
+            self._local.planned = _Pass(rows=rows, real=real, cached=cached, held=new)
 
     def _plan(self, inputs: torch.Tensor, real: torch.Tensor, cached: int) -> int | None:
-        """Plan every row of a prefill; columns that layers >= K need, None if nothing drops."""
+        """Plan every row of a prefill; new columns that layers >= K hold, None if none drops."""
         flags: list[list[bool]] = real.tolist()
         if inputs.ndim == 2:
-            self._rows = [
+            rows = [
                 self._plan_row(row, columns, cached)
                 for row, columns in zip(inputs.tolist(), flags, strict=True)
             ]
         else:
             reason = "inputs_embeds were given without input_ids"
-            self._rows = [Row(reason=reason) for _ in flags]
-        for row in self._rows:
+            rows = [Row(reason=reason) for _ in flags]
+        self._local.rows = rows
+        for row in rows:
             self.counters.add(sum(map(len, row.spans)), row.dropped, row.reason)
-        if not any(row.dropped for row in self._rows):
+        if not any(row.dropped for row in rows):
             return None
         return max(
-            sum(columns[cached:]) - row.dropped
-            for columns, row in zip(flags, self._rows, strict=True)
+            sum(columns[cached:]) - row.dropped for columns, row in zip(flags, rows, strict=True)
         )
 
     def _plan_row(self, token_ids: list[int], real: list[bool], cached: int) -> Row:
@@ -287,64 +302,78 @@ class Pruning:
         columns = [column for column, flag in enumerate(real[cached:]) if flag]
         row = Row(first=sum(real[:cached]) - (columns[0] if columns else 0))
         try:
-            row.spans = self._adapter.find_spans(self._config, token_ids)
+            spans = self._adapter.find_spans(self._config, token_ids)
         except UnsupportedError as error:
             row.reason = str(error)
             return row
+        seen = [sum(real[cached + span.start : cached + span.stop]) for span in spans]
+        row.spans = [span for span, n in zip(spans, seen, strict=True) if n]  # others are padding
         if not row.spans:
             row.reason = "the prompt has no visual tokens"
-            return row
-        if columns[-1] < row.spans[-1].stop:
+        elif any(0 < n < len(span) for span, n in zip(spans, seen, strict=True)):
+            row.reason = "the attention mask hides a part of a picture"
+        elif columns[-1] < row.spans[-1].stop:
             row.reason = "the prompt ends inside a picture, and its last token must stay"
-            return row
-        row.keep = plan(
-            self.policy,
-            row.spans,
-            layer=self._layer,
-            shape=self._shape,
-            prompt_tokens=len(columns),
-        )
-        if not row.dropped:
-            row.reason = "the budget keeps every token"
+        else:
+            row.keep = plan(
+                self.policy,
+                row.spans,
+                layer=self._layer,
+                shape=self._shape,
+                prompt_tokens=len(columns),
+            )
+            if not row.dropped:
+                row.reason = "the budget keeps every token"
         return row
 
-    def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._pass = None
+    def _before_decoder(self, module: nn.Module, args: Any) -> None:
+        # a pass that an exception ended may have left its state behind
+        self._local.active, self._local.planned = self._local.planned, None
+
+    def _after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
+        current, self._local.active = self._local.active, None
+        if current is not None and "attention_mask" not in current.later_inputs:
+            raise UnsupportedError(
+                "the decoder ran without its hooks, so nothing was pruned; enable pruning before "
+                "torch.compile"
+            )
 
     def _after_queries(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        if self._pass is not None:
-            batch, tokens = self._pass.real.shape
-            self._pass.queries = output.view(batch, tokens, -1, self._shape.head_dim)
+        if (current := self._local.active) is not None:
+            batch, columns = current.real.shape
+            current.queries = output.view(batch, columns - current.cached, -1, self._shape.head_dim)
 
     def _before_layer_k(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Keep the selected columns of the layer's inputs; build the mask that fits them."""
-        current = self._pass
+        current, cache = self._local.active, kwargs.get("past_key_values")
         if current is None:
+            if cache is not None and held_columns(cache) is not None:
+                raise UnsupportedError("continue a pruned cache by calling the model")
             return None
         hidden = args[0] if args else kwargs["hidden_states"]  # [B, N, d]
-        real = current.real
-        if current.columns is not None:
+        columns = torch.arange(current.cached, current.real.shape[1], device=hidden.device)
+        columns = columns.expand(len(hidden), -1)
+        if current.held is not None:
             choose(self._selector, current.rows, queries=current.queries, hidden=hidden)
-            stays = _staying_columns(current)
+            held = _held(current)
             # stable: first what goes (the padding of shorter rows), then what stays, in order
-            index = torch.argsort(stays.byte(), dim=1, stable=True)[:, -current.columns :]
+            index = torch.argsort(held.byte(), dim=1, stable=True)[:, -current.held :]
             current.index = index
-            real = stays.take_along_dim(index, dim=1)
+            padding = ~held.take_along_dim(index, dim=1)
+            columns = columns.take_along_dim(index, dim=1).masked_fill(padding, -1)
             hidden = hidden.take_along_dim(index[..., None], dim=1)
             for name in self._adapter.cut_along:
-                current.later_inputs[name] = _cut(kwargs.get(name), index)
-        cache = kwargs.get("past_key_values")
-        real = torch.cat([current.past, real], dim=1)
+                current.later_inputs[name] = _take(kwargs.get(name), index)
+        columns = HeldColumns.join(cache, self.policy, current.real.shape[1], columns)
         current.later_inputs["attention_mask"] = create_causal_mask(
             config=self._decoder.config,
             inputs_embeds=hidden,
-            attention_mask=real,
-            past_key_values=_from_layer(cache, self._layer),
+            # what is padding is said anew in each pass: an earlier turn's tail may become it
+            attention_mask=current.real.take_along_dim(columns.clamp_min(0), 1) & (columns >= 0),
+            past_key_values=from_layer(cache, self._layer),
         )
-        if cache is not None:
-            setattr(cache, _ACTIVE, _KeptCache(self._layer, current.below, real))
         kwargs = kwargs | current.later_inputs
         if args:
             return (hidden, *args[1:]), kwargs
@@ -353,34 +382,35 @@ class Pruning:
     def _before_later_layer(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._pass is None:
+        if self._local.active is None:
             return None
-        return args, kwargs | self._pass.later_inputs
+        return args, kwargs | self._local.active.later_inputs
 
     def _after_last_layer(
         self, module: nn.Module, args: Any, output: torch.Tensor
     ) -> torch.Tensor | None:
         """Spread the output back to the prompt's columns; dropped ones hold NaN, no answer."""
-        if self._pass is None or self._pass.index is None:
+        current = self._local.active
+        if current is None or current.index is None:
             return None
-        batch, tokens = self._pass.real.shape
-        spread = output.new_full((batch, tokens, output.shape[2]), math.nan)
-        index = self._pass.index[..., None].expand(-1, -1, output.shape[2])
+        batch, columns = current.real.shape
+        spread = output.new_full((batch, columns - current.cached, output.shape[2]), math.nan)
+        index = current.index[..., None].expand(-1, -1, output.shape[2])
         return spread.scatter(1, index, output)
 
 
-def _staying_columns(current: _Pass) -> torch.Tensor:
-    """`[B, N]` bool: columns that layers >= K see."""
-    stays = current.real.clone()
+def _held(current: _Pass) -> torch.Tensor:
+    """`[B, N]` bool: new columns that layers >= K hold."""
+    held = current.real[:, current.cached :].clone()
     for b, row in enumerate(current.rows):
         if row.dropped:
             for span, kept in zip(row.spans, row.kept, strict=True):
-                stays[b, span.start : span.stop] = False
-                stays[b, span.start + kept] = True
-    return stays
+                held[b, span.start : span.stop] = False
+                held[b, span.start + kept] = True
+    return held
 
 
-def _cut(value: Any, index: torch.Tensor) -> Any:
+def _take(value: Any, index: torch.Tensor) -> Any:
     """Keep the columns `index` `[B, M]` of a layer input with one entry for each token."""
     if value is None:
         return None
@@ -389,63 +419,13 @@ def _cut(value: Any, index: torch.Tensor) -> Any:
     return value.take_along_dim(index, dim=-1)  # position ids [B or 1, N]
 
 
-def _from_layer(cache: Cache | None, layer: int) -> Cache | None:
-    """A view of a cache's layers from `layer` on, or None while they are empty."""
-    if cache is None or cache.get_seq_length(layer) == 0:
-        return None
-    return Cache(layers=cache.layers[layer:])
-
-
-def _check_cache(cache: Any, layer: int) -> _KeptCache | None:
-    """Refuse caches that cannot differ in length by layer; return what a pruned one remembers."""
-    if not isinstance(cache, Cache) or any(type(part) is not DynamicLayer for part in cache.layers):
-        raise UnsupportedError(
-            f"pruning works with DynamicCache, whose layers may differ in length; "
-            f"got {type(cache).__name__}"
-        )
-    if cache.offloading:
-        raise UnsupportedError("pruning does not work with an offloaded cache")
-    kept: _KeptCache | None = getattr(cache, _ACTIVE, None)
-    if kept is None:
-        return None
-    length = cache.get_seq_length()
-    if length == 0:  # reset: an empty cache remembers nothing
-        delattr(cache, _ACTIVE)
-        return None
-    if (kept.layer, kept.below, kept.real.shape[1]) != (layer, length, cache.get_seq_length(layer)):
-        raise UnsupportedError(
-            "the cache of a pruned prompt was cropped, or filled under another policy, since it "
-            "was last used; start from a new DynamicCache"
-        )
-    return kept
-
-
-def _check_decoder(decoder: Any, adapter: ModelAdapter) -> None:
-    attention = decoder.config._attn_implementation
-    if attention not in ATTENTION:
-        raise UnsupportedError(
-            f"attention implementation {attention!r} is not proven with pruning; load the model "
-            f"with attn_implementation set to one of {', '.join(ATTENTION)}"
-        )
-    kinds = set(getattr(decoder.config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise UnsupportedError(
-            f"a decoder with {', '.join(sorted(kinds))} is not supported; supported is "
-            "full_attention in every layer"
-        )
-    names = ("hidden_states", "attention_mask", "past_key_values", *adapter.cut_along)
-    if missing := missing_parameters(decoder.layers[0].forward, names):
-        raise UnsupportedError(
-            f"{type(decoder.layers[0]).__name__} takes no {', '.join(missing)}; this version of "
-            "transformers is not supported"
-        )
-
-
-def _guarded(model: PreTrainedModel, generate: Callable[..., Any]) -> Callable[..., Any]:
+def _checked(
+    model: PreTrainedModel, policy: PruningPolicy, generate: Callable[..., Any]
+) -> Callable[..., Any]:
     @functools.wraps(generate)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
+    def checked(*args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(generate).bind_partial(*args, **kwargs).arguments
-        check_generation(model.generation_config, given | given.get("kwargs", {}))
+        check_generation(model.generation_config, policy, given | given.get("kwargs", {}))
         return generate(*args, **kwargs)
 
-    return guarded
+    return checked
