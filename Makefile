@@ -1,9 +1,11 @@
-# Everything runs from a machine that has Python 3.11+ and pip; .venv is made when missing.
+# Everything runs from a machine that has Python 3.11+ and pip; environments are made when missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint conformance clean
+SGLANG := .venv-sglang
+
+.PHONY: demo test lint conformance setup-sglang test-sglang clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -20,6 +22,7 @@ demo: $(VENV)/.installed
 test: lint
 	$(BIN)/pytest
 	$(MAKE) conformance
+	$(MAKE) test-sglang
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -30,5 +33,17 @@ lint: $(VENV)/.installed
 conformance: $(VENV)/.installed
 	$(BIN)/python -m ep_conformance --backend transformers
 
+# the real SGLang engine, on the CPU
+setup-sglang: $(SGLANG)/.installed
+
+$(SGLANG)/.installed: pyproject.toml $(wildcard tests/sglang/*.sh tests/sglang/*.txt)
+	rm -rf $(SGLANG)
+	PYTHON=$(PYTHON) tests/sglang/setup.sh $(SGLANG)
+	touch $@
+
+# tests/transformers once more: another version of transformers, with torchvision
+test-sglang: setup-sglang
+	$(SGLANG)/bin/pytest tests/sglang tests/transformers
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(SGLANG) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

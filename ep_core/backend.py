@@ -19,6 +19,8 @@ from ep_core.policy import PruningPolicy
 from ep_core.report import SpanRecord
 from ep_core.spans import VisualSpan
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -36,6 +38,8 @@ class Request:
 @dataclass(frozen=True)
 class KVSlots:
     """KV slots that a request's prompt holds, as the engine's own allocator counts them.
+
+    In a padded batch that includes the padding.
 
     Attributes:
         below: in each layer < K.
@@ -76,15 +80,7 @@ class Capabilities:
 
     batch: bool = False
     multi_image: bool = False
-    video: bool = False
-    multi_turn: bool = False
-    prefix_cache: bool = False
-    chunked_prefill: bool = False
-    cuda_graph: bool = False
-    tensor_parallel: bool = False
     kv_savings: bool = False
-    per_request: bool = False
-    logits: bool = False
     layer_entropies: bool = False
     cpu: bool = False
     cuda: bool = False
@@ -159,7 +155,7 @@ class Backend(Protocol):
             model: folder of a checkpoint in Hugging Face layout.
             policy: what to prune.
             device: "cpu" or "cuda".
-            dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's.
+            dtype: one of `DTYPES`; None takes the checkpoint's.
 
         Raises:
             EntropyPruneError: the model, policy or option is not supported, and why.

@@ -15,7 +15,7 @@ import torch
 
 import ep_core
 from ep_core import demo
-from ep_core.backend import Answer, Backend, Request
+from ep_core.backend import DTYPES, Answer, Backend, Request
 from ep_core.budget import DecoderShape, layer_average
 from ep_core.checkpoint import read_config
 from ep_core.ecl import EntropyProfile, find_collapse_layer, plot_profile
@@ -26,7 +26,6 @@ from ep_core.spans import VisualSpan, plan
 
 try:
     import click
-    from PIL import Image, UnidentifiedImageError
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
@@ -55,6 +54,8 @@ def cli(context: click.Context) -> None:
 def main() -> None:
     """Run the command line; every user error is one line on stderr and exit status 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():  # progress bars are for people
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         status = cli.main(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
@@ -62,6 +63,11 @@ def main() -> None:
     except click.ClickException as error:
         _fail(error.format_message())
     except EntropyPruneError as error:
+        _fail(str(error))
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(1)
+    except OSError as error:
         _fail(str(error))
     sys.exit(status if isinstance(status, int) else 0)
 
@@ -86,11 +92,23 @@ class _Picture(click.Path):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Path:
         path = Path(str(super().convert(value, param, ctx)))
-        try:
-            with Image.open(path) as picture:
-                picture.verify()
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise EntropyPruneError(f"{path} is not a picture: {error}") from None
+        read_picture(path)
+        return path
+
+
+class _Output(click.Path):
+    """A file to write; its folder and ending are checked before any work is done."""
+
+    def __init__(self, ending: str) -> None:
+        super().__init__(dir_okay=False, path_type=Path)
+        self._ending = ending
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        path = Path(str(super().convert(value, param, ctx)))
+        if path.suffix.lower() != self._ending:
+            raise EntropyPruneError(f"{path}: the file must end in {self._ending}")
+        if not path.absolute().parent.is_dir():
+            raise EntropyPruneError(f"{path}: there is no such folder")
         return path
 
 
@@ -108,7 +126,7 @@ _device = click.option(
 )
 _dtype = click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=click.Choice(DTYPES),
     help="Default: the checkpoint's.",
 )
 
@@ -134,7 +152,7 @@ _dtype = click.option(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, alone on stdout.")
 @click.option(
     "--overlay",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=_Output(".png"),
     help="Write the pictures with dropped patches dimmed to this PNG.",
 )
 def run(
@@ -154,8 +172,6 @@ def run(
     policy = policy or PruningPolicy.from_environment()
     if overlay is not None and not images:
         raise EntropyPruneError("--overlay needs at least one --image")
-    if overlay is not None and not overlay.absolute().parent.is_dir():
-        raise EntropyPruneError(f"--overlay {overlay}: there is no such folder")
     if compare and policy is None:
         raise EntropyPruneError(f'--compare needs a policy, such as --policy "{EXAMPLE}"')
     facts = _ModelFacts.of(model, policy)
@@ -235,7 +251,9 @@ class _ModelFacts:
 def _load_backend(name: str) -> Backend:
     try:
         return registry().backend(name).load()
-    except ImportError as error:
+    except EntropyPruneError:
+        raise
+    except Exception as error:  # an engine that does not import can raise anything
         raise EntropyPruneError(
             f"backend {name!r} cannot be loaded ({error}); run pip install 'entropyprune[{name}]'"
         ) from None
@@ -313,15 +331,19 @@ def _comparison(timed: dict[str, tuple[Answer, float]], facts: _ModelFacts) -> T
     "--image", "images", multiple=True, required=True, type=_Picture(), help="Calibration picture."
 )
 @click.option("--prompt", default="Describe the image.", show_default=True)
-@click.option("--layer", type=int, help="Layer that stands where no collapse is found.")
+@click.option(
+    "--layer",
+    type=click.IntRange(min=1),
+    help="Layer that stands where no collapse is found; default: the family's.",
+)
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=_Output(".json"),
     help="Write the entropy profile to this JSON file.",
 )
 @click.option(
     "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=_Output(".png"),
     help="Draw the profile to this PNG file.",
 )
 @_device
@@ -339,6 +361,11 @@ def calibrate(
 ) -> None:
     """Look for the collapse layer over your pictures."""
     facts = _ModelFacts.of(model, None)
+    configured = facts.adapter.default_layer if layer is None else layer
+    if configured >= facts.shape.layers:
+        raise EntropyPruneError(
+            f"--layer {configured} is out of range; allowed are 1 to {facts.shape.layers - 1}"
+        )
     engine = _load_backend(backend)
     if not engine.capabilities.layer_entropies:
         raise EntropyPruneError(f"backend {backend!r} cannot measure layers; use transformers")
@@ -363,7 +390,6 @@ def calibrate(
         table.add_row(str(i), f"{value:.4f}", drop)
     console = Console()
     console.print(table)
-    configured = layer or facts.adapter.default_layer
     if collapse.layer is not None:
         verdict = f"collapse layer {collapse.layer}: use layer={collapse.layer}"
     else:
@@ -440,15 +466,16 @@ def doctor() -> int:
     for name in sorted(plugins.backends):
         try:
             backend = plugins.backends[name].load()
-        except ImportError as error:
-            console.print(f"backend {name}: not installed ({error})", markup=False)
+        except Exception as error:  # an engine that does not import can raise anything
+            console.print(f"backend {name}: cannot be loaded ({error})", markup=False)
             continue
         packages = ", ".join(f"{key} {value}" for key, value in backend.versions().items())
         console.print(f"backend {name}: {packages}")
-        for status in backend.probe():
-            failed |= status.state == "FAILED"
+        statuses = backend.probe()
+        for status in statuses:
             console.print(f"  {status.target}\n    {status}", markup=False)
-        if failed:
+        if any(status.state == "FAILED" for status in statuses):
+            failed = True
             console.print(
                 f"  this version of {name} does not fit; install a supported one, as in "
                 f"pip install 'entropyprune[{name}]'",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -19,6 +19,7 @@ from ep_core.errors import PluginError, UnsupportedError
 from ep_core.selectors import Selector
 
 ENV_BLOCK = "ENTROPYPRUNE_BLOCK"
+BUILT_IN = ("selectors", "adapters", "backends")  # our own entry points
 
 T = TypeVar("T")
 
@@ -60,27 +61,27 @@ def registry() -> Registry:
     return collect(load_plugins(blocked=[name.strip() for name in names if name.strip()]))
 
 
-def load_plugins(blocked: Iterable[str] = ()) -> pluggy.PluginManager:
+def load_plugins(blocked: Collection[str] = ()) -> pluggy.PluginManager:
     """Load the entry points of group `entropyprune`; a broken one costs one warning."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     for name in blocked:
         manager.set_blocked(name)
-    loaded: dict[str, str] = {}
-    for entry in sorted(set(entry_points(group=hookspecs.PROJECT))):
-        if manager.is_blocked(entry.name) or loaded.get(entry.name) == entry.value:
+    entries = sorted(set(entry_points(group=hookspecs.PROJECT)))
+    for name in set(blocked) - {entry.name for entry in entries}:
+        warnings.warn(f"{ENV_BLOCK} names {name!r}, which is no plugin here", stacklevel=2)
+    for entry in entries:
+        if manager.is_blocked(entry.name):
             continue
+        # two packages may choose one entry point name; what they provide is what must differ
+        name = f"{entry.name} ({entry.value})" if manager.has_plugin(entry.name) else entry.name
         try:
-            if entry.name in loaded:
-                raise PluginError(f"the name is taken by {loaded[entry.name]}")
-            plugin = entry.load()
-            manager.register(plugin, name=entry.name)
-            loaded[entry.name] = entry.value
+            manager.register(entry.load(), name=name)
             manager.check_pending()
         except (Exception, SystemExit) as error:  # a stranger's import must not stop us
-            if loaded.get(entry.name) == entry.value:
-                manager.unregister(name=entry.name)
-            _warn_left_out(entry.name, error)
+            if manager.has_plugin(name):
+                manager.unregister(name=name)
+            _warn_left_out(name, error)
     return manager
 
 
@@ -101,9 +102,11 @@ def collect(manager: pluggy.PluginManager) -> Registry:
                 continue
             for name, item in zip(names, items, strict=True):
                 if name in found:
+                    first = providers[f"{kind} {name}"]
+                    stranger = first if plugin in BUILT_IN else plugin
                     raise PluginError(
-                        f"{kind} {name!r} is provided by plugins {providers[f'{kind} {name}']!r} "
-                        f"and {plugin!r}; block one with {ENV_BLOCK}={plugin}"
+                        f"{kind} {name!r} is provided by plugins {first!r} and {plugin!r}; block "
+                        f"one, as in {ENV_BLOCK}={stranger}"
                     )
                 found[name] = item
                 providers[f"{kind} {name}"] = plugin

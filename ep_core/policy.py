@@ -18,6 +18,7 @@ EXAMPLE = "layer=2,keep=128,method=released"
 DEFAULT_METHOD = "released"
 
 _KEYS = ("layer", *BUDGETS, "method", "min_tokens")
+METHOD_NAME = re.compile(r"[\w.-]+")
 _INTEGER = re.compile(r"[+-]?\d{1,18}")
 
 
@@ -48,7 +49,7 @@ class PruningPolicy:
             )
         if not isinstance(self.budget, tuple(BUDGETS.values())):
             raise PolicyError(f"budget={self.budget!r} is no budget; an example is Keep(128)")
-        if not isinstance(self.method, str) or not re.fullmatch(r"[\w.-]+", self.method):
+        if not isinstance(self.method, str) or not METHOD_NAME.fullmatch(self.method):
             raise PolicyError(f"method={self.method!r} is no name; an example is method=released")
         if (
             isinstance(self.min_tokens, bool)

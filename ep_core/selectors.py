@@ -10,13 +10,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from ep_core.entropy import Normalize, cosine_gram, matrix_entropy
-from ep_core.errors import EntropyPruneError
+from ep_core.errors import EntropyPruneError, PluginError
 from ep_core.hookspecs import hookimpl
+from ep_core.policy import METHOD_NAME
 
 Need = Literal["queries", "hidden"]
 
@@ -49,6 +50,15 @@ class Selector:
     summary: str
     needs: frozenset[Need]
     select: Callable[[SpanInputs, int], torch.Tensor]
+
+    def __post_init__(self) -> None:
+        if not METHOD_NAME.fullmatch(self.name):
+            raise PluginError(f"selector name {self.name!r}: use letters, digits, '.', '-', '_'")
+        if unknown := self.needs - set(get_args(Need)):
+            raise PluginError(
+                f"selector {self.name!r} needs {sorted(unknown)[0]!r}; there are "
+                f"{', '.join(get_args(Need))}"
+            )
 
     def __call__(self, inputs: SpanInputs, k: int) -> torch.Tensor:
         """Select, and check that the answer is k ascending indices of the span.

@@ -15,7 +15,8 @@ LLAMA_DEFAULTS = {
     "intermediate_size": 11008,
     "num_attention_heads": 32,
 }
-QUERY_NORM_DECODERS = frozenset({"qwen3", "qwen3_moe", "gemma3_text"})
+REQUIRED = tuple(LLAMA_DEFAULTS)
+QUERY_NORM_DECODERS = frozenset({"qwen3"})
 
 
 def text_config(config: Config) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def decoder_shape(config: Config) -> DecoderShape:
         UnsupportedError: a size is missing; it is named.
     """
     text = text_config(config)
-    if missing := [name for name in LLAMA_DEFAULTS if name not in text]:
+    if missing := [name for name in REQUIRED if name not in text]:
         raise UnsupportedError(f"config.json does not give the decoder's {', '.join(missing)}")
     heads = text["num_attention_heads"]
     return DecoderShape(

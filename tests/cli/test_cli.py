@@ -203,7 +203,7 @@ def checkpoint_with(tmp_path: Path, config: str) -> Path:
     ("arguments", "words"),
     [
         (["--image", "absent.png"], ["absent.png", "does not exist"]),
-        (["--image", __file__], ["test_cli.py", "is not a picture"]),
+        (["--image", __file__], ["test_cli.py", "is not a readable picture"]),
         (["--policy", "layer=2,keep=0"], ["keep=0", "keep=128"]),
         (["--policy", "layer=2,keep=1.5"], ["keep=1.5", "(0, 1]"]),
         (["--policy", "layer=2,keep=999"], ["keep=999", "keep=144 or less"]),
@@ -220,10 +220,21 @@ def checkpoint_with(tmp_path: Path, config: str) -> Path:
         (["--device", "tpu"], ["tpu", "cpu"]),
         (["--compare"], ["--compare needs a policy"]),
         (["--overlay", "absent/overlay.png"], ["absent", "no such folder"]),
+        (["--overlay", "overlay.foo"], ["overlay.foo", ".png"]),
+        (["--image", "{truncated}"], ["not a readable picture", "truncated"]),
+        (["--image", "{narrow}"], ["cannot be encoded", "aspect ratio"]),
+        (["--prompt", "<|image_pad|>"], ["cannot be encoded", "image_pad"]),
+        (["--prompt", "\udcff"], ["cannot be encoded"]),
     ],
     ids=lambda value: " ".join(map(str, value)).replace(str(Path(__file__).parent), "."),
 )
-def test_bad_input_is_one_line_and_exit_2(entropyprune, arguments, words):
+def test_bad_input_is_one_line_and_exit_2(entropyprune, arguments, words, tmp_path):
+    whole = tmp_path / "whole.jpg"
+    Image.effect_noise((64, 64), 50).save(whole)
+    (tmp_path / "truncated.jpg").write_bytes(whole.read_bytes()[:-500])
+    Image.new("RGB", (1, 400)).save(tmp_path / "narrow.png")
+    places = {"{truncated}": tmp_path / "truncated.jpg", "{narrow}": tmp_path / "narrow.png"}
+    arguments = [places.get(argument, argument) for argument in arguments]
     status, out, err = entropyprune(*run_demo(*arguments))
     lines = [line for line in err.splitlines() if line and "Loading weights" not in line]
     assert (status, out) == (2, "")
@@ -252,19 +263,43 @@ def test_unusable_checkpoints_are_one_line(entropyprune, tmp_path, config, words
         assert word in err
 
 
-def test_a_checkpoint_without_weights_is_one_line(entropyprune, tmp_path):
-    for file in demo.MODEL.iterdir():
-        if file.suffix != ".safetensors":
-            shutil.copy(file, tmp_path)
-    status, out, err = entropyprune("run", "--model", tmp_path, "--prompt", "hello")
-    assert (status, out, err.count("\n")) == (2, "", 1), err
-    assert "weights" in err or "model.safetensors" in err
+@pytest.mark.parametrize("damage", ["no weights", "half the weights", "half the tokenizer"])
+def test_a_damaged_checkpoint_is_one_line(entropyprune, tmp_path, damage):
+    shutil.copytree(demo.MODEL, tmp_path / "model")
+    weights, tokenizer = tmp_path / "model/model.safetensors", tmp_path / "model/tokenizer.json"
+    if damage == "no weights":
+        weights.unlink()
+    elif damage == "half the weights":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    else:
+        tokenizer.write_text(tokenizer.read_text()[:1000])
+    status, out, err = entropyprune("run", "--model", tmp_path / "model", "--prompt", "hello")
+    lines = [line for line in err.splitlines() if line and "Loading weights" not in line]
+    assert (status, out, len(lines)) == (2, "", 1), err
+    assert "cannot be loaded" in err
+
+
+def test_output_that_cannot_be_written_is_one_line():
+    command = Path(sys.executable).with_name("entropyprune")
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([command, "list"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+
+
+def test_calibrate_refuses_a_layer_out_of_range(entropyprune):
+    status, _, err = entropyprune(
+        "calibrate", "--model", demo.MODEL, "--image", PICTURE, "--layer", 99
+    )
+    assert status == 2
+    assert "--layer 99" in err
+    assert "1 to 7" in err
 
 
 def test_the_installed_command_prints_one_line_errors():
     command = Path(sys.executable).with_name("entropyprune")
     result = subprocess.run(
-        [command, "run", "--model", "absent", "--prompt", "hello"],
+        [command, *map(str, run_demo("--policy", "layer=2,keep=999"))],
         capture_output=True,
         text=True,
         env=os.environ | {"ENTROPYPRUNE": ""},

@@ -14,7 +14,7 @@ import transformers
 from ep_backends.transformers.ledger import POINTS
 from ep_backends.transformers.processor import load_processor
 from ep_backends.transformers.pruner import Row, choose, enable
-from ep_core.backend import Answer, Capabilities, KVSlots, Request
+from ep_core.backend import DTYPES, Answer, Capabilities, KVSlots, Request
 from ep_core.checkpoint import read_config
 from ep_core.entropy import layer_entropy
 from ep_core.errors import EntropyPruneError, UnsupportedError
@@ -25,8 +25,6 @@ from ep_core.policy import PruningPolicy
 from ep_core.report import RequestRecord
 from ep_core.spans import VisualSpan
 
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-
 
 class TransformersBackend:
     """Plain transformers in this process."""
@@ -34,9 +32,7 @@ class TransformersBackend:
     capabilities = Capabilities(
         batch=True,
         multi_image=True,
-        multi_turn=True,
         kv_savings=True,
-        logits=True,
         layer_entropies=True,
         cpu=True,
         cuda=True,
@@ -95,12 +91,14 @@ class TransformersSession:
             raise UnsupportedError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         try:
             self.model = transformers.AutoModelForImageTextToText.from_pretrained(
-                model, dtype="auto" if dtype is None else DTYPES[dtype]
+                model, dtype="auto" if dtype is None else getattr(torch, dtype)
             )
             self.processor = load_processor(model)
-        except OSError as error:  # a file that is missing or cannot be read
-            raise EntropyPruneError(" ".join(str(error).split())) from None
+        except Exception as error:  # a damaged checkpoint can raise anything
+            raise EntropyPruneError(f"{model} cannot be loaded: {error}") from None
         self.model.to(device).eval()
+        self._config = self.model.config.to_dict()
+        self._adapter = registry().adapter(self._config["model_type"])
         self.pruning = None if policy is None else enable(self.model, policy)
 
     def __enter__(self) -> Self:
@@ -162,15 +160,25 @@ class TransformersSession:
             for span in self._spans(inputs["input_ids"][0].tolist())
         ]
 
-    def _encode(self, requests: Sequence[Request]) -> Any:
-        inputs = self.processor.apply_chat_template(
-            [[{"role": "user", "content": _parts(request)}] for request in requests],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs={"padding": True, "return_tensors": "pt"},
-        )
-        inputs = inputs.to(self.model.device)
+    def _encode(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+        chats = [[{"role": "user", "content": _parts(request)}] for request in requests]
+        try:
+            inputs = self.processor.apply_chat_template(
+                chats,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                processor_kwargs={"padding": True, "return_tensors": "pt"},
+            ).to(self.model.device)
+        except (ValueError, TypeError, IndexError) as error:  # transformers' own input checks
+            raise EntropyPruneError(f"the request cannot be encoded: {error}") from None
+        for ids, request in zip(inputs["input_ids"].tolist(), requests, strict=True):
+            pictures = sum(isinstance(part, Path) for part in request.content)
+            if len(self._spans(ids)) != pictures:
+                raise EntropyPruneError(
+                    f"the prompt has {len(self._spans(ids))} places for {pictures} pictures; does "
+                    "its text contain the model's image token?"
+                )
         return {
             key: value.to(self.model.dtype) if value.is_floating_point() else value
             for key, value in inputs.items()
@@ -187,8 +195,7 @@ class TransformersSession:
         return KVSlots(prompt_columns, cache.get_seq_length(layer) - generated)
 
     def _spans(self, token_ids: list[int]) -> list[VisualSpan]:
-        config = self.model.config.to_dict()
-        return registry().adapter(config["model_type"]).find_spans(config, token_ids)
+        return self._adapter.find_spans(self._config, token_ids)
 
     def _until_end(self, ids: list[int]) -> list[int]:
         ends = self.model.generation_config.eos_token_id

@@ -18,9 +18,9 @@ def load_processor(model: Path) -> Any:
     installed, the same processor class is put together for pictures only, with the Pillow
     variant of its image processor.
     """
-    try:
+    if transformers.utils.is_torchvision_available():
         processor = transformers.AutoProcessor.from_pretrained(model)
-    except ImportError:
+    else:
         processor = _pictures_only(model)
     processor.tokenizer.padding_side = "left"
     return processor
