@@ -9,12 +9,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 import ep_core
 from ep_core import demo
+from ep_core.adapter import ModelAdapter
 from ep_core.backend import DTYPES, Answer, Backend, Request
 from ep_core.budget import DecoderShape, layer_average
 from ep_core.checkpoint import read_config
@@ -37,9 +38,6 @@ except ImportError as error:  # one line instead of a traceback for a bare insta
         f"entropyprune: error: the command line needs {error.name}; "
         "run pip install 'entropyprune[cli]'"
     )
-
-if TYPE_CHECKING:
-    from ep_core.adapter import ModelAdapter
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
