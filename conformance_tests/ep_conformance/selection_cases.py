@@ -188,7 +188,7 @@ def _recipes() -> Iterator[Recipe]:
     yield Recipe(
         "non-finite", SCORES, odd, (22,), _broken(_queries(27, 8, 32, "bfloat16")), ties=True
     )
-    yield Recipe("close-calls", ("rows",), ((0, 96),), (48,), _even(96, 16, 64), close=True)
+    yield Recipe("close-calls", ("rows",), ((0, 192),), (96,), _even(192, 16, 64), close=True)
 
     set_only = ("set-entropy",)
     for width, dtype in ((64, "bfloat16"), (256, "float32"), (96, "float16")):
@@ -229,7 +229,7 @@ def _queries(tokens: int, heads: int, dim: int, dtype: str) -> Iterator[torch.Te
 
 def _even(tokens: int, heads: int, dim: int) -> Iterator[torch.Tensor]:
     """Tokens of one kind, whose scores lie close together."""
-    for seed in range(50):
+    for seed in range(500):
         generator = torch.Generator().manual_seed(seed)
         yield torch.randn(tokens, heads, dim, generator=generator)
 
