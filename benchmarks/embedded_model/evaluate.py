@@ -1,6 +1,11 @@
 """Measure a checkpoint on held-out pictures: accuracy of every task, with 95 % Wilson intervals.
 
-python evaluate.py ../../ep_core/demo/model --json ../results/embedded_model.json
+    python evaluate.py ../../ep_core/demo/model --json ../results/embedded_model.json
+
+With `--policy` (again for each of several) the main set is asked with visual tokens pruned:
+
+    python evaluate.py ../../ep_core/demo/model --others 0 --policy layer=2,keep=0.25 \\
+        --json ../results/embedded_model_pruned.json
 """
 
 import argparse
@@ -22,6 +27,8 @@ from prompts import Prompt, question_text
 from scenes import TASKS, Studio, ask_each
 from tqdm import tqdm
 from train import LARGE, SMALL, SQUARE
+
+from ep_backends.transformers import enable
 
 SEED = 777
 
@@ -111,6 +118,7 @@ def main() -> None:
     parser.add_argument("--others", type=int, default=60, help="prompts of each of the other sets")
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--policy", action="append", default=[], help="also with this pruning")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     answerer, studio = Answerer(args.model), Studio("test")
@@ -118,6 +126,9 @@ def main() -> None:
     if args.others:
         results["64 to 192 tokens"] = measure(answerer, sizes(studio, args.others), args.others)
         results["two pictures"] = measure(answerer, pairs(studio, args.others), args.others)
+    for policy in args.policy:
+        with enable(answerer.model, policy):
+            results[policy] = measure(answerer, square(studio, args.pictures), args.pictures)
     print(table(results))
     if args.json:
         packages = ("torch", "transformers", "tokenizers", "pillow", "scikit-image", "scikit-learn")
