@@ -53,7 +53,7 @@ def main() -> None:
     """Run the command line; every user error is one line on stderr and exit status 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():  # progress bars are for people
-        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         status = cli.main(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
