@@ -1,7 +1,7 @@
 """Train the embedded model, in two stages.
 
     python train.py vision   --steps 1600 --batch 16 --rate 2e-3 --save runs/vision.pt
-    python train.py language --steps 1250 --batch 8  --rate 1e-3 --save runs/language.pt \
+    python train.py language --steps 900 --batch 8  --rate 1e-3 --save runs/language.pt \
         --start runs/vision.pt
 
 `vision` teaches the vision tower what lies on each visual token; `language` teaches the whole model
