@@ -41,10 +41,8 @@ $(SGLANG)/.installed: pyproject.toml $(wildcard tests/sglang/*.sh tests/sglang/*
 	PYTHON=$(PYTHON) tests/sglang/setup.sh $(SGLANG)
 	touch $@
 
-# tests/transformers once more: another version of transformers, with torchvision
 test-sglang: setup-sglang
 	$(SGLANG)/bin/pytest tests/sglang
-	$(SGLANG)/bin/pytest tests/transformers
 
 clean:
 	rm -rf $(VENV) $(SGLANG) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
