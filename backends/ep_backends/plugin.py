@@ -12,7 +12,19 @@ def _transformers() -> Backend:
     return TransformersBackend()
 
 
+def _sglang() -> Backend:
+    from importlib.metadata import version
+
+    version("sglang")  # PackageNotFoundError is an ImportError
+    from ep_backends.sglang.backend import SGLangBackend
+
+    return SGLangBackend()
+
+
 @hookimpl
 def entropyprune_backends() -> list[BackendSpec]:
     """One specification for each engine."""
-    return [BackendSpec("transformers", "plain transformers, model.generate", _transformers)]
+    return [
+        BackendSpec("sglang", "SGLang, offline engine and server", _sglang),
+        BackendSpec("transformers", "plain transformers, model.generate", _transformers),
+    ]

@@ -15,6 +15,7 @@ from ep_conformance.oracle import Oracle, OracleResult
 from ep_conformance.plugin import Workshop
 from ep_core import demo
 from ep_core.backend import Answer, Backend, KVSlots, Request
+from ep_core.errors import UnsupportedError
 from ep_core.policy import PruningPolicy
 
 NEW_TOKENS = 6
@@ -93,7 +94,13 @@ def test_engine_matches_oracle(
         Request(contents(case.checkpoint, count, i, workshop), NEW_TOKENS)
         for i, count in enumerate(case.pictures)
     ]
-    with backend.open(model, case.policy, device=device, dtype="float32") as session:
+    try:
+        session = backend.open(model, case.policy, device=device, dtype="float32")
+    except UnsupportedError as error:
+        if case.checkpoint == "demo":  # what every backend must run
+            raise
+        pytest.skip(f"refused: {error}")
+    with session:
         answers = session.generate(requests)
     for request, answer in zip(requests, answers, strict=True):
         compare(case, model, request, answer)

@@ -1,0 +1,1 @@
+"""Pruning inside SGLang: `activate` is loaded by SGLang itself, see docs/sglang.md."""

@@ -1,0 +1,224 @@
+"""The SGLang backend: the contract of `ep_core.backend` over SGLang's offline engine."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import torch
+
+from ep_core.backend import DTYPES, Answer, Capabilities, KVSlots, Request
+from ep_core.checkpoint import read_config
+from ep_core.errors import EntropyPruneError, UnsupportedError
+from ep_core.patching import PointStatus, check_point
+from ep_core.pictures import read_picture
+from ep_core.plugins import registry
+from ep_core.policy import ENV, PruningPolicy
+from ep_core.report import SpanRecord
+from ep_core.spans import VisualSpan
+
+NO_PICTURES = "the prompt has no visual tokens"
+
+# what SGLang needs to run without a GPU
+CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+CPU_ARGUMENTS: dict[str, Any] = {
+    "device": "cpu",
+    "attention_backend": "torch_native",
+    "mm_attention_backend": "sdpa",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "disable_cuda_graph": True,
+    "max_total_tokens": 16384,
+    "max_running_requests": 32,
+}
+
+# SGLang 0.5.23 routes this layout to its transformers fallback, which fails on the first picture
+BROKEN = {
+    "LlavaForConditionalGeneration": "SGLang 0.5.23 cannot run LLaVA-1.5 checkpoints in Hugging "
+    "Face layout, pruned or not; use one in the original layout (LlavaLlamaForCausalLM)"
+}
+
+
+class SGLangBackend:
+    """SGLang's offline engine, in processes of its own."""
+
+    capabilities = Capabilities(batch=True, multi_image=True, kv_savings=True, cpu=True, cuda=True)
+
+    def versions(self) -> Mapping[str, str]:
+        """Versions of what the results depend on."""
+        return {name: version(name) for name in ("sglang", "torch", "transformers")}
+
+    def probe(self) -> Sequence[PointStatus]:
+        """Check each attach point against the installed SGLang."""
+        from ep_backends.sglang.ledger import POINTS
+
+        return [check_point(point) for point in POINTS]
+
+    def select(
+        self,
+        method: str,
+        spans: Sequence[VisualSpan],
+        keep: Sequence[int],
+        *,
+        queries: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+        device: str = "cpu",
+    ) -> list[list[int]]:
+        """Select as the hooks do: each picture's tokens apart, one after the other."""
+        from ep_backends.sglang.prefill import choose
+
+        def cut(tensor: torch.Tensor | None, span: VisualSpan) -> torch.Tensor | None:
+            return None if tensor is None else tensor[span.start : span.stop].to(device)
+
+        selector = registry().selector(method)
+        return [
+            choose(selector, span, k, cut(queries, span), cut(hidden, span)).tolist()
+            for span, k in zip(spans, keep, strict=True)
+        ]
+
+    def layer_entropies(self, request: Request) -> NoReturn:
+        """Not offered: hidden states of every layer do not leave the engine."""
+        raise UnsupportedError("backend 'sglang' cannot measure layers; use transformers")
+
+    def open(
+        self,
+        model: Path,
+        policy: PruningPolicy | None,
+        *,
+        device: str = "cpu",
+        dtype: str | None = None,
+        **arguments: Any,
+    ) -> SGLangSession:
+        """Start an engine.
+
+        Args:
+            model: folder of a checkpoint.
+            policy: what to prune.
+            device: "cpu" or "cuda".
+            dtype: one of `DTYPES`; None takes the checkpoint's.
+            arguments: more arguments of `sglang.Engine`.
+        """
+        return SGLangSession(model, policy, device, dtype, arguments)
+
+
+class SGLangSession:
+    """A running engine; see `ep_core.backend.Session`."""
+
+    def __init__(
+        self,
+        model: Path,
+        policy: PruningPolicy | None,
+        device: str,
+        dtype: str | None,
+        arguments: Mapping[str, Any],
+    ) -> None:
+        config = read_config(model)
+        registry().adapter(config["model_type"])
+        if reason := BROKEN.get((config.get("architectures") or [""])[0]):
+            raise UnsupportedError(reason)
+        if dtype is not None and dtype not in DTYPES:
+            raise UnsupportedError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        if device == "cpu":
+            for name, value in CPU_ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+        elif not torch.cuda.is_available():
+            raise UnsupportedError(f"device {device!r} is not available here; use cpu")
+        from ep_backends.transformers.processor import load_processor
+
+        self._processor = load_processor(model)
+        self._pruned = policy is not None
+        override = {} if policy is None else {"entropyprune": policy.to_json()}
+        with _no_policy_in_environment():
+            import sglang
+
+            self.engine = sglang.Engine(
+                **{
+                    "model_path": str(model),
+                    "dtype": dtype or "auto",
+                    "json_model_override_args": json.dumps(override),
+                    "log_level": "error",
+                    **(CPU_ARGUMENTS if device == "cpu" else {}),
+                    **arguments,
+                }
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.engine.shutdown()
+
+    def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer the requests; SGLang batches them as it sees fit."""
+        pictures = [[part for part in r.content if isinstance(part, Path)] for r in requests]
+        outputs = self.engine.generate(
+            prompt=[self._prompt(request) for request in requests],
+            image_data=[[read_picture(p) for p in paths] or None for paths in pictures],
+            sampling_params=[
+                {
+                    "temperature": 0,
+                    "max_new_tokens": request.max_new_tokens,
+                    "custom_params": {"entropyprune": {"details": True}} if self._pruned else None,
+                }
+                for request in requests
+            ],
+        )
+        return [self._answer(output) for output in outputs]
+
+    def layer_entropies(self, request: Request) -> NoReturn:
+        """Not offered: hidden states of every layer do not leave the engine."""
+        raise UnsupportedError("backend 'sglang' cannot measure layers; use transformers")
+
+    def _prompt(self, request: Request) -> str:
+        parts = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+            for part in request.content
+        ]
+        chat = [{"role": "user", "content": parts}]
+        prompt = self._processor.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=False
+        )
+        return str(prompt)
+
+    def _answer(self, output: Mapping[str, Any]) -> Answer:
+        meta = output["meta_info"]
+        finish = meta["finish_reason"] or {}
+        if finish.get("type") == "abort":
+            raise EntropyPruneError(str(finish.get("message", "the engine gave up the request")))
+        (info,) = meta.get("entropyprune") or [None]
+        reason = None
+        if not self._pruned:
+            reason = "no policy is set"
+        elif info is None:
+            reason = NO_PICTURES
+        else:
+            reason = info.get("reason")
+        info = info or {}
+        kv = info.get("kv")
+        return Answer(
+            output_ids=tuple(output["output_ids"]),
+            text=output["text"].strip(),
+            prompt_tokens=meta["prompt_tokens"],
+            spans=tuple(
+                SpanRecord(span["start"], span["stop"], tuple(span["kept"]))
+                for span in info.get("spans", ())
+            ),
+            kv=None if kv is None else KVSlots(kv["below"], kv["from"]),
+            reason=reason,
+        )
+
+
+@contextmanager
+def _no_policy_in_environment() -> Iterator[None]:
+    """What a session prunes is its own argument alone."""
+    value = os.environ.pop(ENV, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[ENV] = value

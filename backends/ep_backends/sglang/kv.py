@@ -1,0 +1,153 @@
+"""KV memory of layers >= K: dropped tokens' slots are given back, and the prefix cache knows it.
+
+SGLang can hold the KV of two groups of layers in two pools, each with its own slots, for models
+that mix full and sliding-window attention; a mapping leads from a token's slot in the first pool
+to its slot in the second. Here the first pool serves the layers below K and the second, the kept
+pool, those from K on, without any window. **A token is kept if and only if its slot maps to one
+of the kept pool** (0 is no slot): attention, the prefix cache and the reports all read that
+mapping, so there is no second record that could go stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.registry import create_unified_radix_cache
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_cache.components.swa import SWAComponent
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from ep_backends.sglang.requests import RequestPlan, plan_of
+
+RADIX_CACHE = "entropyprune"  # name under which the prefix cache is registered
+
+
+def free_kept_slots(
+    original: Callable[..., None], allocator: Any, free_index: torch.Tensor, start_pos: int = 0
+) -> None:
+    """Around `SWATokenToKVPoolAllocator._free_swa_pages`: dropped tokens have nothing to free.
+
+    Args:
+        original: the method.
+        allocator: the allocator of both pools.
+        free_index: `[n]` slots of the first pool.
+        start_pos: where they lie in their request.
+    """
+    held = free_index[allocator.full_to_swa_index_mapping[free_index] > 0]
+    if held.numel():
+        original(allocator, held, start_pos=start_pos)
+
+
+class KeptComponent(SWAComponent):  # type: ignore[misc]
+    """The kept pool's side of the prefix tree: a node holds fewer slots than tokens.
+
+    A node's value has one entry for each token, 0 where the token was dropped, so splitting is the
+    base class's; what is counted, locked and evicted are the slots that are really there.
+    """
+
+    def reclaimable_value_len(self, node: Any) -> int:
+        """Slots of the kept pool that evicting a node gives back."""
+        data = node.component_data[self.component_type]
+        if data.value is None:
+            return 0
+        # counting waits for the device: once for each value is enough
+        value, count = data.metadata.get("held", (None, 0))
+        if value is not data.value:
+            count = int((data.value > 0).sum())
+            data.metadata["held"] = (data.value, count)
+        return int(count)
+
+    def prepare_for_caching_req(
+        self, req: Any, insert_params: Any, token_ids_len: int, is_finished: bool
+    ) -> int | None:
+        """Keep a picture out of the tree until all of its tokens were ranked."""
+        limit = super().prepare_for_caching_req(req, insert_params, token_ids_len, is_finished)
+        plan = plan_of(req.multimodal_inputs)
+        span = plan.pruned_span_at(token_ids_len) if plan is not None else None
+        if span is None:
+            return None if limit is None else int(limit)
+        return span.start if limit is None else min(int(limit), span.start)
+
+
+class KeptRadixCache(UnifiedRadixCache):  # type: ignore[misc]
+    """The unified radix cache with a `KeptComponent` for the layers from K on."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self._private_drops = 0
+
+    def _match_tree(self, params: Any) -> Any:
+        """Cut a hit that ends inside a picture back to the picture's start.
+
+        Its tail was evicted or never cached; a set is selected from the whole picture.
+        """
+        result = super()._match_tree(params)
+        plan = plan_of(getattr(params.req, "multimodal_inputs", None))
+        span = plan.pruned_span_at(result.device_prefix_len) if plan is not None else None
+        if span is None:
+            return result
+        return super()._match_tree(replace(params, key=params.key[: span.start]))
+
+    def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
+        """Give back what the request's prefill dropped, then insert what it holds."""
+        plan = plan_of(req.multimodal_inputs)
+        if plan is not None:
+            self._settle(plan)
+            self._describe(req, plan, up_to)
+        super().checkpoint(req, up_to=up_to, **kwargs)
+        if plan is not None and not self.disable:
+            self._private_drops -= plan.private
+            plan.private = 0
+
+    def claim_kv_row(self, req: Any) -> bool:
+        """A request's slots are about to be freed: those that were dropped as well."""
+        plan = plan_of(req.multimodal_inputs)
+        if plan is not None:
+            self._settle(plan)
+            self._private_drops -= plan.private
+            plan.private = 0
+        return bool(super().claim_kv_row(req))
+
+    def swa_transient_size(self) -> int:
+        """Requests count one kept slot for each token they own; dropped tokens have none."""
+        return -self._private_drops
+
+    def _settle(self, plan: RequestPlan) -> None:
+        """Give the slots that a prefill dropped back to the kept pool."""
+        if not plan.released:
+            return
+        if plan.ready is not None:  # they were chosen on the forward stream
+            torch.cuda.current_stream().wait_event(plan.ready)
+        slots = torch.cat(plan.released)
+        plan.released.clear()
+        self.token_to_kv_pool_allocator.swa_attn_allocator.free(slots)
+        plan.private += len(slots)
+        self._private_drops += len(slots)
+
+    def _describe(self, req: Any, plan: RequestPlan, up_to: int) -> None:
+        """Once the prompt is in, say which tokens were kept, if the request asks for that."""
+        prompt = len(req.origin_input_ids)
+        if not plan.detailed or "spans" in plan.info or up_to < prompt:
+            return
+        row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :prompt].long()
+        kept = self.token_to_kv_pool_allocator.full_to_swa_index_mapping[row] > 0
+        plan.info["spans"] = [
+            {
+                "start": span.start,
+                "stop": span.stop,
+                "kept": kept[span.start : span.stop].nonzero().flatten().tolist(),
+            }
+            for span in plan.spans
+        ]
+        plan.info["kv"] = {"below": int((row > 0).sum()), "from": int(kept.sum())}
+
+
+def build_radix_cache(context: Any) -> Any:
+    """Factory of the prefix cache, registered with SGLang as `RADIX_CACHE`."""
+    context.params.component_registry_override = {ComponentType.SWA: KeptComponent}
+    # no window: a token is dropped by choice, never for its age
+    context.params.sliding_window_size = context.model_config.context_len
+    return create_unified_radix_cache(context, cache_class=KeptRadixCache)

@@ -1,0 +1,236 @@
+"""What one request keeps: its policy, its pictures, and what the engine still has to do for it.
+
+A `RequestPlan` hangs on the request's `MultimodalInputs`, the one object that SGLang's scheduler
+and its forward batches share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ep_core.adapter import ModelAdapter
+from ep_core.budget import BUDGETS, DecoderShape, FlopsReduction
+from ep_core.errors import PolicyError, UnsupportedError
+from ep_core.policy import PruningPolicy
+from ep_core.selectors import Selector
+from ep_core.spans import VisualSpan, plan
+
+KEY = "entropyprune"  # in custom_params, meta_info and on MultimodalInputs
+EXAMPLE = '{"entropyprune": {"keep": 64}}, {"entropyprune": "off"}'
+
+OFF = "switched off by the request"
+LOGPROBS = "the request asks for logprobs of its prompt"
+HIDDEN_STATES = "the request asks for hidden states"
+SESSION = "the request belongs to a session"
+VIDEO = "video and audio prompts are not pruned yet"
+ENDS_INSIDE = "the prompt ends inside a picture, and its last token must stay"
+KEEPS_ALL = "the budget keeps every token"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What pruning needs to know of the server.
+
+    Attributes:
+        policy: the server's policy, its layer settled.
+        adapter: of the model's family.
+        shape: sizes of the language model.
+        selector: the policy's method.
+    """
+
+    policy: PruningPolicy
+    adapter: ModelAdapter
+    shape: DecoderShape
+    selector: Selector
+
+    @property
+    def layer(self) -> int:
+        """The first layer that sees the kept tokens only."""
+        assert isinstance(self.policy.layer, int)
+        return self.policy.layer
+
+
+@dataclass
+class Carried:
+    """Tokens of a picture that an earlier chunk brought as far as layer K.
+
+    They wait there until the rest of the picture arrives: its tokens are ranked together.
+
+    Attributes:
+        span: the picture.
+        stop: prompt position after the last token held here.
+        hidden: `[n, d]` hidden states entering layer K.
+        positions: `[n]` or `[3, n]` rotary positions.
+        queries: `[n, H, D]` query states of layer K-1, or None if the selector reads none.
+    """
+
+    span: VisualSpan
+    stop: int
+    hidden: torch.Tensor
+    positions: torch.Tensor
+    queries: torch.Tensor | None
+
+
+@dataclass
+class RequestPlan:
+    """One request with pictures.
+
+    Attributes:
+        spans: its pictures.
+        keep: tokens kept of each.
+        reason: why nothing is pruned, or None.
+        namespace: requests with another one share no prefixes; "" for the server's own policy.
+        detailed: the caller wants the kept indices and slot counts.
+        info: what `meta_info["entropyprune"]` says.
+        carried: the picture that the last chunk ended in.
+        released: KV slots of layers >= K that were dropped and are not yet in the free list.
+        private: of the dropped tokens, those whose slots below K the prefix cache does not own.
+    """
+
+    spans: Sequence[VisualSpan]
+    keep: Sequence[int]
+    reason: str | None
+    namespace: str
+    detailed: bool
+    info: dict[str, Any]
+    carried: Carried | None = None
+    released: list[torch.Tensor] = field(default_factory=list)
+    ready: Any = None
+    private: int = 0
+
+    def dropped_in(self, stop: int) -> int:
+        """Tokens dropped from the pictures that end at or before a prompt position."""
+        return sum(
+            len(span) - keep
+            for span, keep in zip(self.spans, self.keep, strict=True)
+            if span.stop <= stop
+        )
+
+    def pruned_span_at(self, position: int) -> VisualSpan | None:
+        """The picture that loses tokens and has some on both sides of a prompt position."""
+        for span, keep in zip(self.spans, self.keep, strict=True):
+            if span.start < position < span.stop and keep < len(span):
+                return span
+        return None
+
+
+def plan_of(inputs: Any) -> RequestPlan | None:
+    """The plan on a request's `MultimodalInputs`; None for text and for `inputs=None`."""
+    return getattr(inputs, KEY, None)
+
+
+def plan_request(req: Any, inputs: Any, settings: Settings) -> RequestPlan:
+    """Decide, on host integers alone, what a request keeps.
+
+    Args:
+        req: SGLang's `Req`, its prompt expanded.
+        inputs: its `MultimodalInputs`.
+        settings: the server's.
+
+    Raises:
+        PolicyError: `custom_params["entropyprune"]` cannot be read.
+    """
+    asked = (getattr(req.sampling_params, "custom_params", None) or {}).get(KEY)
+    policy, detailed = _policy_of(asked, settings.policy)
+    spans: list[VisualSpan] = []
+    keep: Sequence[int] = ()
+    reason = _unpruned_reason(req, policy)
+    try:
+        spans = spans_of(inputs)
+    except UnsupportedError as error:
+        reason = reason or str(error)
+    prompt = len(req.origin_input_ids)
+    if reason is None and spans and spans[-1].stop >= prompt:
+        reason = ENDS_INSIDE
+    if reason is None:
+        assert policy is not None
+        keep = plan(policy, spans, layer=settings.layer, shape=settings.shape, prompt_tokens=prompt)
+    else:
+        keep = [len(span) for span in spans]
+    namespace = ""
+    if reason is not None:
+        namespace = "off"
+    elif policy != settings.policy:
+        assert policy is not None
+        namespace = policy.digest
+    dropped = sum(map(len, spans)) - sum(keep)
+    if reason is None and not dropped:
+        reason = KEEPS_ALL
+    seen = sum(map(len, spans))
+    info: dict[str, Any] = {"visual_tokens": seen, "kept": seen - dropped}
+    if reason is not None:
+        info["reason"] = reason
+    return RequestPlan(spans, keep, reason, namespace, detailed, info)
+
+
+def spans_of(inputs: Any) -> list[VisualSpan]:
+    """Where a request's pictures are, from the offsets that SGLang's processors wrote.
+
+    Raises:
+        UnsupportedError: the request holds something else than pictures.
+    """
+    spans = []
+    for item in inputs.mm_items:
+        if not item.is_image():
+            raise UnsupportedError(VIDEO)
+        # inclusive ends
+        spans += [VisualSpan(int(a), int(b) + 1) for a, b in item.offsets or ()]
+    offsets = getattr(inputs, "image_offsets", None)
+    if not spans and offsets is not None:  # models of the older LLaVA code path
+        lengths = inputs.image_pad_len
+        spans = [VisualSpan(int(a), int(a) + int(n)) for a, n in zip(offsets, lengths, strict=True)]
+    return sorted(spans)
+
+
+def check_budget(policy: PruningPolicy) -> None:
+    """Refuse a budget that would make one picture keep different tokens in different prompts.
+
+    Raises:
+        UnsupportedError: for `flops`.
+    """
+    if isinstance(policy.budget, FlopsReduction):
+        raise UnsupportedError(
+            "flops budgets depend on the length of the question, so requests with the same picture "
+            "could not share its prefix; use keep or average, as in keep=128"
+        )
+
+
+def _policy_of(asked: Any, server: PruningPolicy) -> tuple[PruningPolicy | None, bool]:
+    """The request's policy, None for none, and whether it wants the details."""
+    if asked is None:
+        return server, False
+    if asked in ("off", False):
+        return None, False
+    if not isinstance(asked, Mapping):
+        raise PolicyError(f"entropyprune={asked!r} cannot be read; examples are {EXAMPLE}")
+    fields = dict(asked)
+    detailed = fields.pop("details", False)
+    if not isinstance(detailed, bool):
+        raise PolicyError(f"details={detailed!r} is not allowed; use true or false")
+    if not fields:
+        return server, detailed
+    if unknown := [key for key in fields if key not in BUDGETS]:
+        raise PolicyError(
+            f"a request cannot set {unknown[0]!r}, only its budget ({', '.join(BUDGETS)}) and "
+            f"details; examples are {EXAMPLE}"
+        )
+    kept = {key: value for key, value in server.to_json().items() if key not in BUDGETS}
+    policy = PruningPolicy.from_json(kept | fields)
+    check_budget(policy)
+    return policy, detailed
+
+
+def _unpruned_reason(req: Any, policy: PruningPolicy | None) -> str | None:
+    if policy is None:
+        return OFF
+    if req.session is not None:
+        return SESSION
+    if req.return_hidden_states:
+        return HIDDEN_STATES
+    if req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids):
+        return LOGPROBS
+    return None
