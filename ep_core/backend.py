@@ -135,6 +135,16 @@ class Backend(Protocol):
             device: where to select.
         """
 
+    def server_command(self, arguments: Sequence[str]) -> list[str]:
+        """The command line of the engine's own server; it finds the policy in `ENTROPYPRUNE`.
+
+        Args:
+            arguments: the server's own.
+
+        Raises:
+            UnsupportedError: the engine has no server, or it would run without pruning.
+        """
+
     def open(
         self,
         model: Path,

@@ -1,4 +1,4 @@
-"""The command line: `entropyprune run | calibrate | show | doctor | list`."""
+"""The command line: `entropyprune run | calibrate | show | serve | doctor | list`."""
 
 from __future__ import annotations
 
@@ -443,6 +443,26 @@ def show(model: Path, policy: PruningPolicy | None, image_tokens: int, text_toke
     )
     table.add_row("digest", facts.policy.digest)
     Console().print(table)
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("engine")
+@click.option("--policy", type=_Policy(), help=f'Such as "{EXAMPLE}"; default: the variable {ENV}.')
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def serve(engine: str, policy: PruningPolicy | None, arguments: tuple[str, ...]) -> None:
+    """Start an engine's own server with pruning: `serve sglang --policy ... -- ARGUMENTS`."""
+    policy = policy or PruningPolicy.from_environment()
+    if policy is None:
+        raise EntropyPruneError(f'no policy: give --policy "{EXAMPLE}" or set {ENV}')
+    backend = _load_backend(engine)
+    failed = [status for status in backend.probe() if status.state == "FAILED"]
+    if failed:
+        raise EntropyPruneError(
+            f"{failed[0].target}: {failed[0].detail}; run entropyprune doctor for all of them"
+        )
+    command = backend.server_command(arguments)
+    os.environ[ENV] = str(policy)
+    os.execv(command[0], command)
 
 
 @cli.command()

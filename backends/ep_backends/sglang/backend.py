@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -22,6 +23,7 @@ from ep_core.policy import ENV, PruningPolicy
 from ep_core.report import SpanRecord
 from ep_core.spans import VisualSpan
 
+PLUGINS_ENV = "SGLANG_PLUGINS"  # names of the plugins that SGLang loads; unset: all of them
 NO_PICTURES = "the prompt has no visual tokens"
 
 # what SGLang needs to run without a GPU
@@ -57,7 +59,7 @@ class SGLangBackend:
         """Check each attach point against the installed SGLang."""
         from ep_backends.sglang.ledger import POINTS
 
-        return [check_point(point) for point in POINTS]
+        return [_check_entry_point(), *map(check_point, POINTS)]
 
     def select(
         self,
@@ -81,9 +83,9 @@ class SGLangBackend:
             for span, k in zip(spans, keep, strict=True)
         ]
 
-    def layer_entropies(self, request: Request) -> NoReturn:
-        """Not offered: hidden states of every layer do not leave the engine."""
-        raise UnsupportedError("backend 'sglang' cannot measure layers; use transformers")
+    def server_command(self, arguments: Sequence[str]) -> list[str]:
+        """SGLang's own launcher."""
+        return [sys.executable, "-m", "sglang.launch_server", *arguments]
 
     def open(
         self,
@@ -155,10 +157,9 @@ class SGLangSession:
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer the requests; SGLang batches them as it sees fit."""
-        pictures = [[part for part in r.content if isinstance(part, Path)] for r in requests]
         outputs = self.engine.generate(
             prompt=[self._prompt(request) for request in requests],
-            image_data=[[read_picture(p) for p in paths] or None for paths in pictures],
+            image_data=[_pictures(request) for request in requests],
             sampling_params=[
                 {
                     "temperature": 0,
@@ -211,6 +212,26 @@ class SGLangSession:
             kv=None if kv is None else KVSlots(kv["below"], kv["from"]),
             reason=reason,
         )
+
+
+def _check_entry_point() -> PointStatus:
+    """Would SGLang load us?"""
+    group, name = "sglang.srt.plugins", "entropyprune"
+    target = f"entry point {name} in group {group}"
+    if name not in entry_points(group=group).names:
+        return PointStatus(target, "FAILED", "not found; install entropyprune with pip")
+    allowed = [part.strip() for part in os.environ.get(PLUGINS_ENV, "").split(",") if part.strip()]
+    if allowed and name not in allowed:
+        wanted = ",".join([*allowed, name])
+        return PointStatus(
+            target, "FAILED", f"{PLUGINS_ENV} keeps it out; set {PLUGINS_ENV}={wanted}"
+        )
+    return PointStatus(target, "ok", "SGLang loads the plugin in each of its processes")
+
+
+def _pictures(request: Request) -> list[Any]:
+    # SGLang takes [None] for a prompt without pictures among others that have some
+    return [read_picture(part) for part in request.content if isinstance(part, Path)] or [None]
 
 
 @contextmanager

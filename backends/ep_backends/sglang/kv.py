@@ -10,6 +10,7 @@ mapping, so there is no second record that could go stale.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -70,6 +71,32 @@ class KeptComponent(SWAComponent):  # type: ignore[misc]
         if span is None:
             return None if limit is None else int(limit)
         return span.start if limit is None else min(int(limit), span.start)
+
+    # The base class frees the oldest window first, wherever it lies in the tree. A prefix is of no
+    # use without its beginning: here the least recent leaf goes, with its slots in both pools.
+
+    def _evict_device_start(self, request_cnt: int) -> None:
+        self._wanted, self._evicted = request_cnt, None
+        self._leaves = [(self._age(leaf), leaf) for leaf in self.tree_core.evictable_device_leaves]
+        heapq.heapify(self._leaves)
+
+    def _evict_device_next_node(self, tracker: Any, *args: Any, **kwargs: Any) -> Any:
+        evictable, last = self.tree_core.evictable_device_leaves, self._evicted
+        self._evicted = None
+        if last is not None and last.parent in evictable:  # its last child is gone
+            heapq.heappush(self._leaves, (self._age(last.parent), last.parent))
+        while tracker[self.component_type] < self._wanted and self._leaves:
+            _, leaf = heapq.heappop(self._leaves)
+            if leaf in evictable:
+                self._evicted = leaf
+                return leaf.id
+        return None
+
+    def _evict_device_end(self) -> None:
+        self._leaves, self._evicted = [], None
+
+    def _age(self, node: Any) -> Any:
+        return self.tree_core.eviction_strategy.get_priority(node)
 
 
 class KeptRadixCache(UnifiedRadixCache):  # type: ignore[misc]

@@ -298,6 +298,7 @@ def admit(
     original: Callable[..., None], scheduler: Any, req: Any, is_retracted: bool = False
 ) -> None:
     """Around `Scheduler._add_request_to_queue`: plan a request before it looks for a prefix."""
+    from ep_backends.sglang.metrics import metrics_of
     from ep_backends.sglang.requests import KEY, plan_of, plan_request
 
     inputs = req.multimodal_inputs
@@ -311,7 +312,8 @@ def admit(
             if plan.namespace:
                 req.extra_key = f"{req.extra_key or ''}|{KEY}:{plan.namespace}"
             req.customized_info = (req.customized_info or {}) | {KEY: [plan.info]}
-            # counted here
+            if (metrics := metrics_of(scheduler)) is not None:
+                metrics.count(plan)
     original(scheduler, req, is_retracted)
 
 

@@ -19,6 +19,7 @@ from ep_core.policy import PruningPolicy
 from ep_core.selectors import Selector
 from ep_core.spans import VisualSpan, plan
 
+BUDGET_KEYS = [key for key, budget in BUDGETS.items() if budget is not FlopsReduction]
 KEY = "entropyprune"  # in custom_params, meta_info and on MultimodalInputs
 EXAMPLE = '{"entropyprune": {"keep": 64}}, {"entropyprune": "off"}'
 
@@ -213,15 +214,13 @@ def _policy_of(asked: Any, server: PruningPolicy) -> tuple[PruningPolicy | None,
         raise PolicyError(f"details={detailed!r} is not allowed; use true or false")
     if not fields:
         return server, detailed
-    if unknown := [key for key in fields if key not in BUDGETS]:
+    if unknown := [key for key in fields if key not in BUDGET_KEYS]:
         raise PolicyError(
-            f"a request cannot set {unknown[0]!r}, only its budget ({', '.join(BUDGETS)}) and "
-            f"details; examples are {EXAMPLE}"
+            f"a request cannot set {unknown[0]!r}, only {', '.join(BUDGET_KEYS)} and details; "
+            f"examples are {EXAMPLE}"
         )
     kept = {key: value for key, value in server.to_json().items() if key not in BUDGETS}
-    policy = PruningPolicy.from_json(kept | fields)
-    check_budget(policy)
-    return policy, detailed
+    return PruningPolicy.from_json(kept | fields), detailed
 
 
 def _unpruned_reason(req: Any, policy: PruningPolicy | None) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 import transformers
@@ -64,6 +64,10 @@ class TransformersBackend:
             hidden=None if hidden is None else hidden[None].to(device),
         )
         return [list(span.kept) for span in row.record().spans]
+
+    def server_command(self, arguments: Sequence[str]) -> NoReturn:
+        """Not offered: plain transformers runs inside your own program."""
+        raise UnsupportedError("transformers has no server; use enable(...) in your own program")
 
     def open(
         self,

@@ -1,0 +1,200 @@
+"""What happens before a server runs: the policy is found, arguments are chosen or refused."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ep_backends.sglang import ledger, plugin
+from ep_core import demo
+from ep_core.errors import UnsupportedError
+from ep_core.patching import check_point
+from ep_core.plugins import registry
+from ep_core.policy import PruningPolicy
+
+pytestmark = pytest.mark.filterwarnings("default")  # the engine's warnings are not ours to fix
+
+POLICY = "layer=2,keep=0.25,method=set-entropy"
+# what the launcher of a real server leaves in the environment must not reach other tests
+ENVIRONMENT = ("ENTROPYPRUNE", "ENTROPYPRUNE_FROM_JSON")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    yield
+    for name in ENVIRONMENT:
+        os.environ.pop(name, None)
+
+
+def resolve(**arguments):
+    """Resolve a server's arguments as its launcher does."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    given = {"model_path": str(demo.MODEL), "device": "cpu", "grammar_backend": "none"}
+    server_args = ServerArgs(**(given | arguments))
+    server_args.resolve_once()
+    return resolving_view(server_args)
+
+
+@pytest.mark.parametrize("point", ledger.POINTS, ids=lambda point: point.target)
+def test_attach_point_fits_the_installed_version(point):
+    status = check_point(point)
+    assert status.state == "ok", status.detail
+    assert point.why
+    assert point.upstream
+    assert point.remove_when
+
+
+def test_the_version_is_the_one_the_ledger_names():
+    from sglang.version import __version__
+
+    assert __version__ == ledger.TESTED
+
+
+def test_nothing_set_changes_no_argument():
+    plain = resolve()
+    assert plain.radix_cache_backend is None
+    assert plain.swa_full_tokens_ratio is None
+    assert not plain.disable_prefill_cuda_graph
+
+
+@pytest.mark.parametrize(
+    "override", [{"entropyprune": POLICY}, {"entropyprune": PruningPolicy.parse(POLICY).to_json()}]
+)
+def test_policy_in_json_reaches_the_workers_through_the_environment(override):
+    arguments = resolve(json_model_override_args=json.dumps(override))
+    assert PruningPolicy.from_environment() == PruningPolicy.parse(POLICY)
+    assert arguments.radix_cache_backend == "entropyprune"
+    assert arguments.attention_backend == "torch_native"
+    # and it is gone for the next engine of this process
+    assert resolve().radix_cache_backend is None
+    assert PruningPolicy.from_environment() is None
+
+
+def test_policy_in_both_places_must_agree(monkeypatch):
+    monkeypatch.setenv("ENTROPYPRUNE", POLICY)
+    override = json.dumps({"entropyprune": {"layer": 2, "keep": 5}})
+    with pytest.raises(UnsupportedError, match="set one of them"):
+        resolve(json_model_override_args=override)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pp_size": 2}, "--pp-size 2 .* same device"),
+        ({"tp_size": 2, "attn_dp_size": 2}, "--attn-dp-size 2"),
+        (
+            {"enable_unified_memory": True, "attention_backend": "triton"},
+            "--enable-unified-memory",
+        ),
+        ({"page_size": 16}, "--page-size 16 .* single slots"),
+        ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap"),
+        ({"enable_mixed_chunk": True}, "--enable-mixed-chunk"),
+        ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"),
+        ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm"),
+        ({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill"),
+        ({"enable_lora": True}, "--enable-lora"),
+        ({"attention_backend": "flashinfer"}, "flashinfer.*not proven.*triton"),
+        ({"enable_streaming_session": True}, "--enable-streaming-session"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2"),
+        ({"enable_torch_compile": True}, "--enable-torch-compile"),
+        ({"enable_pdmux": True}, "--enable-pdmux"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_argument_is_refused_by_name(arguments, message, monkeypatch):
+    monkeypatch.setenv("ENTROPYPRUNE", POLICY)
+    with pytest.raises(UnsupportedError, match=message) as refusal:
+        resolve(**arguments)
+    assert isinstance(refusal.value, SystemExit), "a command line would print a traceback"
+
+
+@pytest.mark.parametrize("name", [*ledger._FINE, *ledger._OFF])
+def test_every_refused_argument_exists(name):
+    from sglang.srt.server_args import ServerArgs
+
+    assert hasattr(ServerArgs(model_path="none"), name), f"SGLang has no argument {name} any more"
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("layer=9,keep=5", "layer=9 is out of range for a model of 8 layers"),
+        ("layer=2,flops=0.5", "flops budgets depend on the length of the question"),
+        ("layer=2,keep=5,method=nonsense", "unknown method 'nonsense'"),
+        ("layer=2,keep=0", "keep=0"),
+        ("nonsense", "cannot read 'nonsense'"),
+    ],
+)
+def test_policy_that_cannot_work_is_refused(policy, message, monkeypatch):
+    resolve()  # SGLang loads its plugins once in a process
+    monkeypatch.setenv("ENTROPYPRUNE", policy)
+    with pytest.raises(UnsupportedError, match=message):
+        resolve()
+
+
+@pytest.mark.parametrize(
+    ("policy", "layers", "ratio"),
+    [("layer=2,keep=128", 32, 0.36), ("layer=2,keep=0.5", 32, 0.5), ("layer=1,keep=1", 2, 0.818)],
+)
+def test_kept_pool_leaves_text_nine_tenths_of_its_capacity(policy, layers, ratio):
+    parsed = PruningPolicy.parse(policy)
+    assert plugin.kept_ratio(parsed, layers) == pytest.approx(ratio, abs=1e-3)
+    k = parsed.layer
+    text_tokens = ratio * layers / (k + ratio * (layers - k))
+    assert text_tokens >= 0.9 - 1e-3
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"ENTROPYPRUNE": "nonsense"}, "entropyprune: error: cannot read 'nonsense'"),
+        ({"ENTROPYPRUNE": POLICY}, "--page-size 16 does not work with pruning"),
+    ],
+)
+def test_launcher_stops_with_one_line(environment, expected):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "sglang.launch_server"),
+            *("--model-path", str(demo.MODEL), "--device", "cpu", "--page-size", "16"),
+        ],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("entropyprune: error:"), done.stderr[-2000:]
+    assert expected in last
+    assert "Traceback" not in done.stderr
+
+
+def test_plugin_that_sglang_would_not_load_is_reported(monkeypatch):
+    backend = registry().backend("sglang").load()
+    monkeypatch.setenv("SGLANG_PLUGINS", "another")
+    entry = backend.probe()[0]
+    assert entry.state == "FAILED"
+    assert "SGLANG_PLUGINS=another,entropyprune" in entry.detail
+    monkeypatch.delenv("SGLANG_PLUGINS")
+    assert backend.probe()[0].state == "ok"
+
+
+def test_hook_that_did_not_take_stops_the_server(monkeypatch):
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    monkeypatch.setenv("ENTROPYPRUNE", POLICY)
+    resolve()
+    point = ledger.HOOKED["admit"]
+    taken = HookRegistry._patched - {point.target.replace(":", ".")}
+    monkeypatch.setattr(HookRegistry, "_patched", taken)
+    with pytest.raises(UnsupportedError, match="_add_request_to_queue did not take"):
+        plugin.verify()
