@@ -158,7 +158,7 @@ class SGLangSession:
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer the requests; SGLang batches them as it sees fit."""
         outputs = self.engine.generate(
-            prompt=[self._prompt(request) for request in requests],
+            prompt=[self.prompt(request.content) for request in requests],
             image_data=[_pictures(request) for request in requests],
             sampling_params=[
                 {
@@ -175,16 +175,16 @@ class SGLangSession:
         """Not offered: hidden states of every layer do not leave the engine."""
         raise UnsupportedError("backend 'sglang' cannot measure layers; use transformers")
 
-    def _prompt(self, request: Request) -> str:
+    def prompt(self, content: Sequence[str | Path]) -> str:
+        """One user message through the checkpoint's chat template."""
         parts = [
             {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
-            for part in request.content
+            for part in content
         ]
         chat = [{"role": "user", "content": parts}]
-        prompt = self._processor.apply_chat_template(
-            chat, add_generation_prompt=True, tokenize=False
+        return str(
+            self._processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         )
-        return str(prompt)
 
     def _answer(self, output: Mapping[str, Any]) -> Answer:
         meta = output["meta_info"]

@@ -14,7 +14,7 @@ import torch
 
 from ep_core.adapter import ModelAdapter
 from ep_core.budget import BUDGETS, DecoderShape, FlopsReduction
-from ep_core.errors import PolicyError, UnsupportedError
+from ep_core.errors import BudgetError, PolicyError, UnsupportedError
 from ep_core.policy import PruningPolicy
 from ep_core.selectors import Selector
 from ep_core.spans import VisualSpan, plan
@@ -30,6 +30,8 @@ SESSION = "the request belongs to a session"
 VIDEO = "video and audio prompts are not pruned yet"
 ENDS_INSIDE = "the prompt ends inside a picture, and its last token must stay"
 KEEPS_ALL = "the budget keeps every token"
+DOES_NOT_FIT = "the server's budget does not fit the picture"
+BEAM = "beam search was never tested with pruning"
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,11 @@ def plan_request(req: Any, inputs: Any, settings: Settings) -> RequestPlan:
 
     Raises:
         PolicyError: `custom_params["entropyprune"]` cannot be read.
+        BudgetError: it does not fit a picture, and what would.
     """
     asked = (getattr(req.sampling_params, "custom_params", None) or {}).get(KEY)
     policy, detailed = _policy_of(asked, settings.policy)
     spans: list[VisualSpan] = []
-    keep: Sequence[int] = ()
     reason = _unpruned_reason(req, policy)
     try:
         spans = spans_of(inputs)
@@ -149,9 +151,9 @@ def plan_request(req: Any, inputs: Any, settings: Settings) -> RequestPlan:
         reason = ENDS_INSIDE
     if reason is None:
         assert policy is not None
-        keep = plan(policy, spans, layer=settings.layer, shape=settings.shape, prompt_tokens=prompt)
+        keep, fits = _keep(policy, spans, settings, prompt)
     else:
-        keep = [len(span) for span in spans]
+        keep, fits = [len(span) for span in spans], True
     namespace = ""
     if reason is not None:
         namespace = "off"
@@ -160,12 +162,38 @@ def plan_request(req: Any, inputs: Any, settings: Settings) -> RequestPlan:
         namespace = policy.digest
     dropped = sum(map(len, spans)) - sum(keep)
     if reason is None and not dropped:
-        reason = KEEPS_ALL
+        reason = KEEPS_ALL if fits else DOES_NOT_FIT
     seen = sum(map(len, spans))
     info: dict[str, Any] = {"visual_tokens": seen, "kept": seen - dropped}
     if reason is not None:
         info["reason"] = reason
     return RequestPlan(spans, keep, reason, namespace, detailed, info)
+
+
+def _keep(
+    policy: PruningPolicy, spans: Sequence[VisualSpan], settings: Settings, prompt: int
+) -> tuple[list[int], bool]:
+    """Tokens kept of each picture, and whether the budget fits all of them.
+
+    A picture that the server's budget does not fit, as keep=128 does not fit one of 64 tokens,
+    stays whole: who asks about it did not choose the budget.
+
+    Raises:
+        BudgetError: a budget that the request itself chose does not fit.
+    """
+    keep: list[int] = []
+    fits = True
+    for span in spans:
+        try:
+            keep += plan(
+                policy, [span], layer=settings.layer, shape=settings.shape, prompt_tokens=prompt
+            )
+        except BudgetError:
+            if policy != settings.policy:
+                raise
+            keep.append(len(span))
+            fits = False
+    return keep, fits
 
 
 def spans_of(inputs: Any) -> list[VisualSpan]:
@@ -230,6 +258,8 @@ def _unpruned_reason(req: Any, policy: PruningPolicy | None) -> str | None:
         return SESSION
     if req.return_hidden_states:
         return HIDDEN_STATES
+    if req.beam_group is not None:
+        return BEAM
     if req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids):
         return LOGPROBS
     return None
