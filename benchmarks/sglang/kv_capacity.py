@@ -16,14 +16,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ep_backends.sglang.backend import SGLangBackend
-from ep_backends.sglang.plugin import kept_ratio
-from ep_conformance.checkpoints import tiny_qwen2_5_vl
-from ep_conformance.checkpoints import make_picture
-from ep_core.pictures import read_picture
-from ep_core.policy import PruningPolicy
 from rich.console import Console
 from rich.table import Table
+
+from ep_backends.sglang.backend import SGLangBackend
+from ep_backends.sglang.plugin import kept_ratio
+from ep_conformance.checkpoints import make_picture, tiny_qwen2_5_vl
+from ep_core.pictures import read_picture
+from ep_core.policy import PruningPolicy
 
 LAYERS = 28
 PICTURE = (448, 448)  # 256 visual tokens

@@ -91,7 +91,7 @@ class PrunedAttention(AttentionBackend):  # type: ignore[misc]
                 `out_cache_loc` in slots of the kept pool.
             stops: for each request the prompt position after the last token they have seen.
         """
-        lengths = torch.tensor(stops, device=view.seq_lens.device)
+        lengths = torch.tensor(stops).to(view.seq_lens.device, non_blocking=True)
         self.compact_rows(view.req_pool_indices, lengths, max(stops) + 1)
         self._bind(view)
         self.kept.init_forward_metadata(view)
@@ -176,6 +176,8 @@ class PrunedAttention(AttentionBackend):  # type: ignore[misc]
         if static:
             self._graph_lengths[: len(kept)].copy_(kept)
             self._graph_slots[: len(slots)].copy_(slots)
+            # a replay runs every lane it was captured with: those without a request write to slot 0
+            self._graph_slots[len(slots) :].zero_()
             kept, slots = self._graph_lengths[: len(kept)], self._graph_slots[: len(slots)]
             view.seq_lens = kept
         else:

@@ -45,6 +45,8 @@ BROKEN = {
     "Face layout, pruned or not; use one in the original layout (LlavaLlamaForCausalLM)"
 }
 
+HALF_ONLY = ("LlavaLlamaForCausalLM",)  # SGLang 0.5.23 loads its vision tower in float16 always
+
 
 class SGLangBackend:
     """SGLang's offline engine, in processes of its own."""
@@ -121,10 +123,13 @@ class SGLangSession:
     ) -> None:
         config = read_config(model)
         registry().adapter(config["model_type"])
-        if reason := BROKEN.get((config.get("architectures") or [""])[0]):
+        architecture = (config.get("architectures") or [""])[0]
+        if reason := BROKEN.get(architecture):
             raise UnsupportedError(reason)
         if dtype is not None and dtype not in DTYPES:
             raise UnsupportedError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        if architecture in HALF_ONLY and dtype not in (None, "float16"):
+            raise UnsupportedError(f"SGLang runs {architecture} in float16 only; leave dtype out")
         if device == "cpu":
             for name, value in CPU_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
@@ -132,7 +137,7 @@ class SGLangSession:
             raise UnsupportedError(f"device {device!r} is not available here; use cpu")
         from ep_backends.transformers.processor import load_processor
 
-        self._processor = load_processor(model)
+        self._processor = load_processor(Path(arguments.get("tokenizer_path") or model))
         self._pruned = policy is not None
         override = {} if policy is None else {"entropyprune": policy.to_json()}
         with _no_policy_in_environment():

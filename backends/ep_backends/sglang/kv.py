@@ -66,11 +66,13 @@ class KeptComponent(SWAComponent):  # type: ignore[misc]
     ) -> int | None:
         """Keep a picture out of the tree until all of its tokens were ranked."""
         limit = super().prepare_for_caching_req(req, insert_params, token_ids_len, is_finished)
-        plan = plan_of(req.multimodal_inputs)
-        span = plan.pruned_span_at(token_ids_len) if plan is not None else None
-        if span is None:
-            return None if limit is None else int(limit)
-        return span.start if limit is None else min(int(limit), span.start)
+        limits = [] if limit is None else [int(limit)]
+        if (plan := plan_of(req.multimodal_inputs)) is not None:
+            if span := plan.pruned_span_at(token_ids_len):
+                limits.append(span.start)
+            if plan.cacheable is not None:
+                limits.append(plan.cacheable)
+        return min(limits, default=None)
 
     # The base class frees the oldest window first, wherever it lies in the tree. A prefix is of no
     # use without its beginning: here the least recent leaf goes, with its slots in both pools.
@@ -114,8 +116,10 @@ class KeptRadixCache(UnifiedRadixCache):  # type: ignore[misc]
         result = super()._match_tree(params)
         plan = plan_of(getattr(params.req, "multimodal_inputs", None))
         span = plan.pruned_span_at(result.device_prefix_len) if plan is not None else None
-        if span is None:
+        if plan is None or span is None:
             return result
+        # nor may it come to lie on the tree's half of it: the two may keep different tokens
+        plan.cacheable = span.start
         return super()._match_tree(replace(params, key=params.key[: span.start]))
 
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:

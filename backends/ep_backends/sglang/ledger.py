@@ -162,6 +162,13 @@ USED = (
         "layers take and return complete hidden states",
     ),
     AttachPoint(
+        "sglang.srt.layers.attention.graph_utils:padded_extend_real_tokens",
+        ("q", "forward_batch"),
+        "takes rows beyond global_num_token_non_padded_cpu for padding, so that is kept right",
+        "a field of the batch that SGLang's own padding sets",
+        "layers are given the number of their tokens",
+    ),
+    AttachPoint(
         "sglang.srt.models.qwen2:Qwen2DecoderLayer.forward",
         ("positions", "hidden_states", "forward_batch"),
         "layers from K on get the kept tokens, by these inputs",

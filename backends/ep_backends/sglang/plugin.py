@@ -298,23 +298,30 @@ def admit(
     original: Callable[..., None], scheduler: Any, req: Any, is_retracted: bool = False
 ) -> None:
     """Around `Scheduler._add_request_to_queue`: plan a request before it looks for a prefix."""
-    from ep_backends.sglang.metrics import metrics_of
-    from ep_backends.sglang.requests import KEY, plan_of, plan_request
-
-    inputs = req.multimodal_inputs
-    if not is_retracted and req.to_finish is None and inputs is not None and not plan_of(inputs):
+    if not is_retracted and req.to_finish is None:
         try:
-            plan = plan_request(req, inputs, settings_of(scheduler.model_config))
+            _plan(scheduler, req)
         except EntropyPruneError as error:
             req.set_finish_with_abort(str(error))
-        else:
-            setattr(inputs, KEY, plan)
-            if plan.namespace:
-                req.extra_key = f"{req.extra_key or ''}|{KEY}:{plan.namespace}"
-            req.customized_info = (req.customized_info or {}) | {KEY: [plan.info]}
-            if (metrics := metrics_of(scheduler)) is not None:
-                metrics.count(plan)
     original(scheduler, req, is_retracted)
+
+
+def _plan(scheduler: Any, req: Any) -> None:
+    from ep_backends.sglang.metrics import metrics_of
+    from ep_backends.sglang.requests import KEY, fit, plan_of, plan_request
+
+    inputs = req.multimodal_inputs
+    plan = plan_of(inputs)
+    if plan is None and inputs is not None:
+        plan = plan_request(req, inputs, settings_of(scheduler.model_config))
+        setattr(inputs, KEY, plan)
+        if plan.namespace:
+            req.extra_key = f"{req.extra_key or ''}|{KEY}:{plan.namespace}"
+        req.customized_info = (req.customized_info or {}) | {KEY: [plan.info]}
+        if (metrics := metrics_of(scheduler)) is not None:
+            metrics.count(plan)
+    chunked = scheduler.chunked_prefill_size is not None and scheduler.chunked_prefill_size > 0
+    fit(req, plan, slots=scheduler.token_to_kv_pool_allocator.size_swa, chunked=chunked)
 
 
 def report_once(original: Callable[..., bool], streamer: Any, key: str) -> bool:

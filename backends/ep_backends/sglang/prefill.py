@@ -88,6 +88,7 @@ class _Pass:
     queries: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     source: torch.Tensor | None = None  # None: nothing is dropped, nothing waits
+    real: int | None = None  # the batch's own number of tokens, where SGLang counted it
 
     @property
     def pictures(self) -> list[_Picture]:
@@ -140,7 +141,8 @@ class Prefill:
     def _after_projection(self, module: nn.Module, args: Any, output: Any) -> None:
         current = self._pass
         if current is not None and (current.pictures or current.parts):
-            current.queries = output[0][:, : self._q_size]  # [T, H_local * D], before RoPE
+            # [T, H_local * D]; a copy, because RoPE may rotate them in place
+            current.queries = output[0][:, : self._q_size].clone()
 
     def _before_layer_k(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Rank, drop, and hand the kept tokens on."""
@@ -188,6 +190,9 @@ class Prefill:
             positions = torch.cat(places, dim=-1)[..., current.source]
             slots = torch.cat(homes)[current.source]
             residual.set_written(hidden, batch)
+            # SGLang takes tokens beyond this number for padding, and there may be more than before
+            current.real = batch.global_num_token_non_padded_cpu
+            batch.global_num_token_non_padded_cpu = len(hidden)
         current.positions = positions
         _resize(view, current)
         view.out_cache_loc = mapping[slots]
@@ -211,6 +216,7 @@ class Prefill:
         self._pass = None
         if current.source is None:
             return None
+        batch.global_num_token_non_padded_cpu = current.real
         hidden = residual.fold(output, batch)
         # tokens that waited belong to no token of this batch: they go to a row behind it
         target = current.source.clamp_max(current.tokens)
@@ -343,8 +349,8 @@ def _carry(
     """What waits of a picture: the new tokens after those that waited before."""
     own = slice(part.first, part.stop)
     count = part.stop - part.first
-    states, places = [hidden[own].clone()], [positions[..., own].clone()]
-    asked = [] if queries is None else [queries[own].clone().view(count, -1, head_dim)]
+    states, places = [hidden[own]], [positions[..., own]]
+    asked = [] if queries is None else [queries[own].view(count, -1, head_dim)]
     start = part.span.start
     if part.carried is not None:
         count += part.carried.stop - start

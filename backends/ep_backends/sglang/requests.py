@@ -23,6 +23,8 @@ BUDGET_KEYS = [key for key, budget in BUDGETS.items() if budget is not FlopsRedu
 KEY = "entropyprune"  # in custom_params, meta_info and on MultimodalInputs
 EXAMPLE = '{"entropyprune": {"keep": 64}}, {"entropyprune": "off"}'
 
+SLACK = 2  # SGLang's admission keeps a slot of the pool free, and asks for one more than it needs
+
 OFF = "switched off by the request"
 LOGPROBS = "the request asks for logprobs of its prompt"
 HIDDEN_STATES = "the request asks for hidden states"
@@ -91,6 +93,8 @@ class RequestPlan:
         info: what `meta_info["entropyprune"]` says.
         carried: the picture that the last chunk ended in.
         released: KV slots of layers >= K that were dropped and are not yet in the free list.
+        ready: CUDA event after which `released` is computed, or None.
+        cacheable: prompt position behind which nothing goes into the prefix cache, or None.
         private: of the dropped tokens, those whose slots below K the prefix cache does not own.
     """
 
@@ -103,6 +107,7 @@ class RequestPlan:
     carried: Carried | None = None
     released: list[torch.Tensor] = field(default_factory=list)
     ready: Any = None
+    cacheable: int | None = None
     private: int = 0
 
     def dropped_in(self, stop: int) -> int:
@@ -194,6 +199,37 @@ def _keep(
             keep.append(len(span))
             fits = False
     return keep, fits
+
+
+def fit(req: Any, plan: RequestPlan | None, *, slots: int, chunked: bool) -> None:
+    """Bound a request by the kept pool: what can never fit would wait for ever.
+
+    While a picture arrives, all of its tokens hold slots; earlier ones hold those they kept. The
+    answer is cut to the room that is left, as SGLang does for its own pool.
+
+    Args:
+        req: SGLang's `Req`.
+        plan: its plan, or None for text.
+        slots: size of the kept pool.
+        chunked: may a prompt come in chunks? If not, all of its tokens hold slots at once.
+
+    Raises:
+        UnsupportedError: the prompt does not fit.
+    """
+    prompt = len(req.origin_input_ids)
+    held = peak = prompt
+    if plan is not None and chunked:
+        held = prompt - plan.dropped_in(prompt)
+        peak = max([held, *(span.stop - plan.dropped_in(span.start) for span in plan.spans)])
+    room = slots - SLACK - held
+    if peak + SLACK >= slots or room < 1:
+        raise UnsupportedError(
+            f"a prompt of {prompt} tokens does not fit the {slots} KV slots of the pruned layers; "
+            "start the server with a larger --swa-full-tokens-ratio or more KV memory"
+        )
+    sampling = req.sampling_params
+    sampling.max_new_tokens = min(sampling.max_new_tokens, room)
+    sampling.min_new_tokens = min(sampling.min_new_tokens, sampling.max_new_tokens)
 
 
 def spans_of(inputs: Any) -> list[VisualSpan]:

@@ -1,0 +1,294 @@
+"""What tests of a running SGLang engine share: starting one, expected answers, a look inside.
+
+The engine runs in processes of its own. `install` below is an SGLang plugin for those processes:
+it counts what happened, tells what each pool holds through SGLang's own internal state, and offers
+a call through SGLang's own remote procedure calls. It changes nothing by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+EOS = 423  # of the demonstration model
+# what SGLang checks about its own memory, read by its processes when they start
+STRICT = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",  # before every batch
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+    "SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",  # no slot in use is free, none is free twice
+    "SGLANG_INVARIANT_CHECK": "2",  # raise
+    # running out of memory again soon after a retraction
+    "SGLANG_NEW_TOKEN_RATIO_DECAY_STEPS": "5",
+    "SGLANG_RETRACT_DECODE_STEPS": "1",
+}
+TOLERANCE = 1e-4  # of a log-probability; the conformance suite's for logits
+TIE = 1e-3  # tokens whose log-probabilities are closer may swap
+COUNTS: Counter[str] = Counter()
+
+
+# In the engine's processes.
+
+
+def install() -> None:
+    """SGLang's plugin entry point."""
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(
+        "sglang.srt.managers.scheduler_components.internal_state"
+        ".SchedulerInternalStateController._add_topology",
+        _tell,
+        HookType.AFTER,
+    )
+    HookRegistry.register(
+        "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache._evict",
+        _count_evicted,
+        HookType.AFTER,
+    )
+    Scheduler.set_chunk_size = _set_chunk_size
+    if os.environ.get("ENTROPYPRUNE"):
+        HookRegistry.register("ep_backends.sglang.prefill._carry", _count_part, HookType.AFTER)
+
+
+def _tell(result: None, controller: Any, state: dict[str, Any]) -> None:
+    """Add what each pool holds to the internal state."""
+    scheduler = controller.scheduler
+    tree, allocator = scheduler.tree_cache, scheduler.token_to_kv_pool_allocator
+    two = hasattr(allocator, "full_to_swa_index_mapping")
+    pools = {}
+    for name in ("full", "swa") if two else ("full",):
+        pool = getattr(allocator, f"{name}_attn_allocator") if two else allocator
+        free = pool.get_all_free_pages().tolist()
+        pools[name] = {
+            "size": pool.size,
+            "free": len(set(free)),
+            "free twice": len(free) - len(set(free)),
+            "evictable": getattr(tree, f"{name}_evictable_size")(),
+            "protected": getattr(tree, f"{name}_protected_size")(),
+        }
+    if two:
+        mapped = allocator.full_to_swa_index_mapping[:-1]
+        pools["swa"]["in use"] = len(set(mapped[mapped > 0].tolist()))
+    rows = scheduler.req_to_token_pool
+    state["probe"] = {
+        "pools": pools,
+        "rows": rows.size - len(rows.free_slots),
+        "waiting": len(scheduler.waiting_queue),
+        "private": getattr(tree, "_private_drops", 0),
+        "counts": dict(COUNTS),
+    }
+
+
+def _count_evicted(result: Any, *args: Any, **kwargs: Any) -> None:
+    COUNTS["evicted full"] += result.num_tokens_evicted
+    COUNTS["evicted kept"] += result.swa_num_tokens_evicted
+
+
+def _count_part(result: Any, *args: Any, **kwargs: Any) -> None:
+    COUNTS["parts"] += 1
+
+
+def _set_chunk_size(scheduler: Any, size: int) -> None:
+    """Remote call: prefill in chunks of another size from now on."""
+    scheduler.chunked_prefill_size = size
+
+
+# In the process of the tests.
+
+
+class EngineDied(Exception):
+    """One of the engine's processes ended."""
+
+
+class _Signals:
+    """What the engine does in this process on a signal: SGLang's own would end it."""
+
+    def __init__(self, manager: Any) -> None:
+        self._loop = manager.event_loop
+
+    def sigterm_handler(self) -> None:
+        """Nothing to drain."""
+
+    def running_phase_sigquit_handler(self) -> None:
+        """A child died: whoever waits for an answer waits no longer."""
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+
+
+@contextmanager
+def running(folder: Path, policy: str | None, **arguments: Any) -> Iterator[Any]:
+    """A session of the SGLang backend on the demonstration model, watched from inside.
+
+    Only one at a time: SGLang ends every child process when an engine is shut down.
+    """
+    from ep_backends.sglang.backend import SGLangBackend
+    from ep_core import demo
+    from ep_core.policy import PruningPolicy
+
+    name = "ep_serving_probe"
+    metadata = folder / f"{name}-1.dist-info"
+    if not metadata.exists():
+        metadata.mkdir(parents=True)
+        (folder / f"{name}.py").symlink_to(Path(__file__).resolve())
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        (metadata / "entry_points.txt").write_text(
+            f"[sglang.srt.plugins]\n{name} = {name}:install\n"
+        )
+    before = dict(os.environ)
+    os.environ.update(STRICT)
+    sys.path.insert(0, str(folder))  # spawned processes start with the same path
+    try:
+        with SGLangBackend().open(
+            demo.MODEL,
+            None if policy is None else PruningPolicy.parse(policy),
+            device="cpu",
+            dtype="float32",
+            **{"log_level": "warning", **arguments},
+        ) as session:
+            session.engine.tokenizer_manager.signal_handler_class = _Signals
+            yield session
+    except asyncio.CancelledError as error:
+        raise EngineDied("a process of the engine died; its traceback is in the output") from error
+    finally:
+        sys.path.remove(str(folder))
+        for key in STRICT:
+            os.environ.pop(key)
+        os.environ.update({key: before[key] for key in STRICT if key in before})
+
+
+def inside(session: Any) -> dict[str, Any]:
+    """What the scheduler's process tells."""
+    return session.engine.get_server_info()["internal_states"][0]["probe"]
+
+
+@contextmanager
+def nothing_lost(session: Any) -> Iterator[None]:
+    """Afterwards each slot of both pools is free or in the prefix cache, once."""
+    yield
+    told = inside(session)
+    assert (told["rows"], told["waiting"], told["private"]) == (0, 0, 0), told
+    for name, pool in told["pools"].items():
+        assert pool["free twice"] == 0, f"{name}: {told}"
+        assert pool["protected"] == 0, f"{name}: a request that is gone holds a prefix: {told}"
+        assert pool["free"] + pool["evictable"] == pool["size"], f"{name}: slots are lost: {told}"
+        assert pool.get("in use", pool["evictable"]) == pool["evictable"], f"{name}: {told}"
+
+
+def ask(
+    session: Any,
+    contents: Sequence[tuple[str | Path, ...]],
+    sampling: Sequence[dict[str, Any]] | None = None,
+    **arguments: Any,
+) -> list[dict[str, Any]]:
+    """Submit messages together; SGLang's own answers, log-probabilities and kept sets included."""
+    return session.engine.generate(
+        **questions(session, contents, sampling), return_logprob=True, **arguments
+    )
+
+
+def questions(
+    session: Any,
+    contents: Sequence[tuple[str | Path, ...]],
+    sampling: Sequence[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The arguments of `generate` for messages; the end of sequence is never chosen.
+
+    Args:
+        session: a session of the backend.
+        contents: texts and picture files of each message.
+        sampling: of each message, over the defaults; `policy` is what it asks of pruning.
+    """
+    from ep_core.pictures import read_picture
+
+    pictures = [[part for part in content if isinstance(part, Path)] for content in contents]
+    parameters = []
+    for own in sampling or [{}] * len(contents):
+        rest = {key: value for key, value in own.items() if key != "policy"}
+        policy = own.get("policy", {"details": True})
+        defaults = {
+            "temperature": 0,
+            "max_new_tokens": 6,
+            "logit_bias": {str(EOS): -100.0},
+            "custom_params": {"entropyprune": policy},
+        }
+        parameters.append(defaults | rest)
+    return {
+        "prompt": [session.prompt(content) for content in contents],
+        "image_data": [[read_picture(p) for p in paths] or None for paths in pictures],
+        "sampling_params": parameters,
+    }
+
+
+@cache
+def oracle() -> Any:
+    """The oracle of the demonstration model that never chooses the end of sequence."""
+    from ep_conformance.oracle import Oracle
+    from ep_core import demo
+
+    class Endless(Oracle):
+        def _logits(self, last: torch.Tensor) -> torch.Tensor:
+            logits = super()._logits(last).clone()
+            logits[EOS] -= 100.0
+            return logits
+
+    endless = Endless(demo.MODEL)
+    endless.eos = []
+    return endless
+
+
+@cache
+def expected(
+    content: tuple[str | Path, ...], layer: int | None, keep: int, method: str, tokens: int = 6
+) -> Any:
+    """The oracle's result for one message, `keep` tokens of each picture."""
+    pictures = sum(isinstance(part, Path) for part in content)
+    if not pictures:
+        layer = None
+    return oracle().generate(
+        content, layer=layer, keep=[keep] * pictures, method=method, max_new_tokens=tokens
+    )
+
+
+def problems(output: dict[str, Any], wanted: Any, tokens: int = 6) -> list[str]:
+    """How an output of the engine differs from the oracle's result; [] if it does not.
+
+    Args:
+        output: SGLang's.
+        wanted: the oracle's, of at least as many tokens.
+        tokens: asked for.
+    """
+    meta = output["meta_info"]
+    if meta["finish_reason"] != {"type": "length", "length": tokens}:
+        return [f"finished as {meta['finish_reason']}"]
+    found = []
+    info = (meta.get("entropyprune") or [None])[0] or {}
+    if "spans" in info:
+        kept = [span["kept"] for span in info["spans"]]
+        if kept != wanted.kept:
+            found.append(f"kept {kept}, the oracle {wanted.kept}")
+    elif wanted.spans:
+        found.append(f"no kept set: {info}")
+    logprobs = torch.log_softmax(wanted.logits, -1)
+    given = [value for value, *_ in meta["output_token_logprobs"]]
+    for step, (token, value) in enumerate(zip(output["output_ids"], given, strict=True)):
+        right = wanted.output_ids[step]
+        if token != right:
+            gap = float(logprobs[step, right] - logprobs[step, token])
+            if gap > TIE:
+                found.append(f"token {step} is {token}, the oracle's {right} is {gap:.4f} above it")
+            break
+        off = abs(float(logprobs[step, token]) - value)
+        if off > TOLERANCE:
+            found.append(f"token {step}: log-probability off by {off:.2e}")
+            break
+    return found
