@@ -43,6 +43,7 @@ $(SGLANG)/.installed: pyproject.toml $(wildcard tests/sglang/*.sh tests/sglang/*
 
 test-sglang: setup-sglang
 	$(SGLANG)/bin/pytest tests/sglang
+	$(SGLANG)/bin/python -m ep_conformance --backend sglang
 
 clean:
 	rm -rf $(VENV) $(SGLANG) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

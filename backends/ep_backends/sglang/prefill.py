@@ -169,7 +169,7 @@ class Prefill:
             kept = self._select(run, hidden[own], None if queries is None else queries[own])
             dropped = _others(kept, len(run.span))
             run.plan.released.append(mapping[home[dropped]])
-            mapping[home[dropped]] = 0
+            mapping.index_fill_(0, home[dropped], 0)
             at = run.first + kept - run.waiting
             if run.carried is not None:
                 at = torch.where(kept < run.waiting, offset + kept, at)
@@ -335,7 +335,7 @@ def _on_host(values: Any, tensor: torch.Tensor) -> list[int]:
 def _others(kept: torch.Tensor, n: int) -> torch.Tensor:
     """The indices below n that are not in `kept`, ascending, without waiting for the device."""
     stays = torch.zeros(n, dtype=torch.int8, device=kept.device)
-    stays[kept] = 1
+    stays.index_fill_(0, kept, 1)  # assigning a number would wait for the device
     return stays.argsort(stable=True)[: n - len(kept)]
 
 
