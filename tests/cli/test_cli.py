@@ -194,6 +194,24 @@ def test_list_names_everything_with_its_plugin(entropyprune):
     assert str(demo.MODEL) in out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["transformers"], ["no policy", "ENTROPYPRUNE"]),
+        (["transformers", "--policy", "layer=2,keep=9"], ["transformers has no server"]),
+        (["nothing", "--policy", "layer=2,keep=9"], ["'nothing'", "sglang, transformers"]),
+        (["sglang", "--policy", "layer=2"], ["needs one budget"]),
+        (["sglang", "--policy", "layer=2,keep=9"], ["'entropyprune[sglang]'"]),  # not in this venv
+    ],
+)
+def test_serve_says_why_it_cannot(entropyprune, arguments, words):
+    status, _, err = entropyprune("serve", *arguments, "--", "--port", 1)
+    assert status == 2
+    (line,) = err.strip().splitlines()
+    for word in words:
+        assert word in line
+
+
 def checkpoint_with(tmp_path: Path, config: str) -> Path:
     (tmp_path / "config.json").write_text(config)
     return tmp_path
