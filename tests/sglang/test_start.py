@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import ep_backends.sglang
 from ep_backends.sglang import ledger, plugin
 from ep_core import demo
 from ep_core.errors import UnsupportedError
@@ -106,6 +107,9 @@ def test_policy_in_both_places_must_agree(monkeypatch):
         ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2"),
         ({"enable_torch_compile": True}, "--enable-torch-compile"),
         ({"enable_pdmux": True}, "--enable-pdmux"),
+        ({"nnodes": 2, "dist_init_addr": "127.0.0.1:1"}, "--nnodes 2"),
+        ({"kv_canary": "log"}, "--kv-canary log"),
+        ({"model_impl": "transformers"}, "--model-impl transformers"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -114,6 +118,34 @@ def test_argument_is_refused_by_name(arguments, message, monkeypatch):
     with pytest.raises(UnsupportedError, match=message) as refusal:
         resolve(**arguments)
     assert isinstance(refusal.value, SystemExit), "a command line would print a traceback"
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [
+        ({"prefill": "breakable"}, r"a prefill CUDA graph \(breakable\)"),
+        ({"decode": "breakable"}, "--cuda-graph-backend-decode breakable"),
+    ],
+)
+def test_cuda_graphs_that_pass_by_the_hooks_are_refused(phases, message):
+    """SGLang switches graphs off on a CPU, so its resolved arguments get them back here."""
+    from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
+
+    resolved = resolve()
+
+    class WithGraphs:
+        cuda_graph_config = CudaGraphConfig(
+            **{
+                phase: PhaseConfig(backend=phases.get(phase, "disabled"))
+                for phase in ("decode", "prefill")
+            }
+        )
+
+        def __getattr__(self, name):
+            return getattr(resolved, name)
+
+    with pytest.raises(UnsupportedError, match=message):
+        ledger.check_arguments(WithGraphs())
 
 
 @pytest.mark.parametrize("name", [*ledger._FINE, *ledger._OFF])
@@ -189,12 +221,22 @@ def test_plugin_that_sglang_would_not_load_is_reported(monkeypatch):
 
 
 def test_hook_that_did_not_take_stops_the_server(monkeypatch):
-    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.srt.managers.scheduler import Scheduler
 
     monkeypatch.setenv("ENTROPYPRUNE", POLICY)
     resolve()
-    point = ledger.HOOKED["admit"]
-    taken = HookRegistry._patched - {point.target.replace(":", ".")}
-    monkeypatch.setattr(HookRegistry, "_patched", taken)
+    plugin.verify()
+    hooked = Scheduler._add_request_to_queue
+    # another plugin's hook, and not ours
+    monkeypatch.setattr(Scheduler, "_add_request_to_queue", hooked.__wrapped__)
     with pytest.raises(UnsupportedError, match="_add_request_to_queue did not take"):
         plugin.verify()
+
+
+def test_plugin_that_fails_to_load_stops_the_server_that_needs_it(monkeypatch):
+    monkeypatch.setattr(plugin, "register", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # SGLang logs it; nobody asked for pruning
+        ep_backends.sglang.activate()
+    monkeypatch.setenv("ENTROPYPRUNE", POLICY)
+    with pytest.raises(SystemExit, match="entropyprune: error: division by zero"):
+        ep_backends.sglang.activate()

@@ -1,1 +1,21 @@
-"""Pruning inside SGLang: `activate` is loaded by SGLang itself, see docs/sglang.md."""
+"""Pruning inside SGLang; see docs/sglang.md."""
+
+from __future__ import annotations
+
+import os
+
+
+def activate() -> None:
+    """SGLang's plugin entry point (group `sglang.srt.plugins`).
+
+    SGLang logs what a plugin raises and serves without it. If pruning was asked for, that must not
+    happen: `SystemExit` it lets through.
+    """
+    try:
+        from ep_backends.sglang.plugin import register
+
+        register()
+    except Exception as error:
+        if os.environ.get("ENTROPYPRUNE"):
+            raise SystemExit(f"entropyprune: error: {error}") from error
+        raise

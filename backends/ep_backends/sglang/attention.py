@@ -42,7 +42,7 @@ class PrunedAttention(AttentionBackend):  # type: ignore[misc]
     Attributes:
         full: instance for the layers below K.
         kept: instance for the layers from K on.
-        prefill: called with each extend batch before the model runs; see `layers.py`.
+        prefill: called with each extend batch before the model runs; see `prefill.py`.
     """
 
     # the width of the kept table's used part is a host integer

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from sglang.srt.mem_cache.prefill_budget import SWAPrefillBudget
 from sglang.srt.mem_cache.registry import create_unified_radix_cache
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_cache.components.swa import SWAComponent
@@ -40,6 +41,27 @@ def free_kept_slots(
     held = free_index[allocator.full_to_swa_index_mapping[free_index] > 0]
     if held.numel():
         original(allocator, held, start_pos=start_pos)
+
+
+class KeptBudget(SWAPrefillBudget):  # type: ignore[misc]
+    """What prefill may still take: of the kept pool too, running answers have their share."""
+
+    @property
+    def remaining_swa(self) -> int:
+        """Slots of the kept pool that no request has been promised."""
+        held = self.allocator.swa_available_size() + self.tree_cache.swa_evictable_size()
+        return int(held - self.total_offset)
+
+
+def reserve_kept(
+    original: Callable[..., Any],
+    allocator: Any,
+    tree_cache: Any,
+    *,
+    num_mixed_decode_tokens: int = 0,
+) -> KeptBudget:
+    """Around `SWATokenToKVPoolAllocator.create_prefill_budget`."""
+    return KeptBudget(allocator, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
 
 
 class KeptComponent(SWAComponent):  # type: ignore[misc]
@@ -67,7 +89,7 @@ class KeptComponent(SWAComponent):  # type: ignore[misc]
         """Keep a picture out of the tree until all of its tokens were ranked."""
         limit = super().prepare_for_caching_req(req, insert_params, token_ids_len, is_finished)
         limits = [] if limit is None else [int(limit)]
-        if (plan := plan_of(req.multimodal_inputs)) is not None:
+        if (plan := plan_of(req)) is not None:
             if span := plan.pruned_span_at(token_ids_len):
                 limits.append(span.start)
             if plan.cacheable is not None:
@@ -105,8 +127,8 @@ class KeptRadixCache(UnifiedRadixCache):  # type: ignore[misc]
     """The unified radix cache with a `KeptComponent` for the layers from K on."""
 
     def __init__(self, params: Any) -> None:
-        super().__init__(params)
         self._private_drops = 0
+        super().__init__(params)
 
     def _match_tree(self, params: Any) -> Any:
         """Cut a hit that ends inside a picture back to the picture's start.
@@ -114,7 +136,9 @@ class KeptRadixCache(UnifiedRadixCache):  # type: ignore[misc]
         Its tail was evicted or never cached; a set is selected from the whole picture.
         """
         result = super()._match_tree(params)
-        plan = plan_of(getattr(params.req, "multimodal_inputs", None))
+        plan = plan_of(params.req)
+        if plan is not None:
+            plan.cacheable = None
         span = plan.pruned_span_at(result.device_prefix_len) if plan is not None else None
         if plan is None or span is None:
             return result
@@ -124,7 +148,7 @@ class KeptRadixCache(UnifiedRadixCache):  # type: ignore[misc]
 
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
         """Give back what the request's prefill dropped, then insert what it holds."""
-        plan = plan_of(req.multimodal_inputs)
+        plan = plan_of(req)
         if plan is not None:
             self._settle(plan)
             self._describe(req, plan, up_to)
@@ -135,15 +159,22 @@ class KeptRadixCache(UnifiedRadixCache):  # type: ignore[misc]
 
     def claim_kv_row(self, req: Any) -> bool:
         """A request's slots are about to be freed: those that were dropped as well."""
-        plan = plan_of(req.multimodal_inputs)
+        plan = plan_of(req)
         if plan is not None:
             self._settle(plan)
             self._private_drops -= plan.private
             plan.private = 0
         return bool(super().claim_kv_row(req))
 
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._private_drops = 0
+
     def swa_transient_size(self) -> int:
-        """Requests count one kept slot for each token they own; dropped tokens have none."""
+        """For SGLang's check while it is busy (off by default): it counts a kept slot for each
+        token that a request owns, and dropped tokens have none.
+        """
         return -self._private_drops
 
     def _settle(self, plan: RequestPlan) -> None:

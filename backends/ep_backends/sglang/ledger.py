@@ -7,6 +7,7 @@ the doors rely on.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ep_core.adapter import ModelAdapter
@@ -15,6 +16,7 @@ from ep_core.patching import AttachPoint, missing_parameters
 
 TESTED = "0.5.23"
 ATTENTION = ("triton", "torch_native")
+GLUE_GRAPH = "SGLANG_ENABLE_METADATA_GLUE_GRAPH"
 
 _TREE = "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache"
 _TWO_POOLS = "hybrid models have two pools; nothing official asks for them in another model"
@@ -42,6 +44,13 @@ HOOKED = {
         "slots of dropped tokens are already free",
         "frees of both pools assume one slot in each for every token",
         "free_swa skips slots that map to none, as its set-shaped path does for larger pages",
+    ),
+    "reserve": AttachPoint(
+        "sglang.srt.mem_cache.allocator.swa:SWATokenToKVPoolAllocator.create_prefill_budget",
+        ("tree_cache", "num_mixed_decode_tokens"),
+        "running requests go on to take slots of the kept pool: no window bounds them",
+        "official for allocators of one's own; SGLang chooses the class by the model",
+        "a pool without a window reserves what running requests will need",
     ),
     "admit": AttachPoint(
         "sglang.srt.managers.scheduler:Scheduler._add_request_to_queue",
@@ -102,6 +111,13 @@ USED = (
         ("req", "insert_params", "token_ids_len", "is_finished"),
         "keeps half a picture out of the tree",
         "official",
+        "never",
+    ),
+    AttachPoint(
+        "sglang.srt.mem_cache.prefill_budget:SWAPrefillBudget.check_prefill",
+        ("extend_input_len", "total_tokens", "max_new_tokens"),
+        "admission asks the budget for room in both pools",
+        "public class",
         "never",
     ),
     AttachPoint(
@@ -196,6 +212,9 @@ _FINE: dict[str, tuple[tuple[object, ...], str]] = {
     "kv_cache_dtype": (("auto",), "quantised KV was never tested with pruning"),
     "disaggregation_mode": (("null",), "KV transfer moves one slot for each token and layer"),
     "radix_cache_backend": ((None, "entropyprune"), "pruning brings the prefix cache it needs"),
+    "nnodes": ((1,), "each node would read its own policy"),
+    "kv_canary": (("none",), "it expects a slot in each pool for every token"),
+    "model_impl": (("auto", "sglang"), "the hooks fit SGLang's own models"),
 }
 _OFF: dict[str, str] = {
     "speculative_algorithm": "draft models would see another context than the target",
@@ -226,6 +245,10 @@ _OFF: dict[str, str] = {
     "prefill_only_disable_kv_cache": "pruning works on the KV cache",
     "encoder_only": "there is no decoder to prune",
     "language_only": "pictures that arrive from another server were never tested",
+    "enable_return_aux_hidden_states": "layers from K on hold fewer tokens than those below",
+    "enable_nvidia_megakernel": "it would pass by the attention of the pruned layers",
+    "enable_amd_monokernel": "it would pass by the attention of the pruned layers",
+    "debug_cuda_graph": "it was never tested with pruning",
     "enable_mis": "it was never tested with pruning",
     "enable_return_routed_experts": "it reads every token in every layer",
 }
@@ -247,6 +270,20 @@ def check_arguments(arguments: Any) -> None:
     for name, reason in _OFF.items():
         if getattr(arguments, name):
             raise _refusal(_flag(name), reason)
+    graphs = arguments.cuda_graph_config
+    if graphs is not None:
+        if graphs.prefill.backend != "disabled":
+            raise _refusal(
+                f"a prefill CUDA graph ({graphs.prefill.backend})",
+                "the number of tokens inside the decoder depends on what is dropped",
+            )
+        if graphs.decode.backend not in ("full", "disabled"):
+            raise _refusal(
+                f"--cuda-graph-backend-decode {graphs.decode.backend}",
+                "it was never tested with pruning",
+            )
+    if os.environ.get(GLUE_GRAPH, "").lower() in ("1", "true", "yes", "y"):
+        raise _refusal(GLUE_GRAPH, "preparing a decode pass reads lengths on the host")
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     chosen = {getattr(arguments, name) for name in names} - {None}
     if unproven := chosen - set(ATTENTION):
@@ -308,5 +345,5 @@ def _flag(name: str) -> str:
 
 def _refusal(flag: str, reason: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{flag} does not work with pruning: {reason}; leave the flag out, or unset ENTROPYPRUNE"
+        f"{flag} does not work with pruning: {reason}; leave it out, or unset ENTROPYPRUNE"
     )

@@ -1,4 +1,4 @@
-"""What SGLang loads: `activate` runs in every process of a server, before anything else.
+"""Registered with SGLang in every process of a server, before anything else.
 
 Nothing set means nothing is patched. `ENTROPYPRUNE` is what turns pruning on; the same policy in
 `--json-model-override-args` is put there by the launcher, so that its workers find it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -37,23 +38,14 @@ class StartRefused(UnsupportedError, SystemExit):
         return str(self.code)
 
 
-def activate() -> None:
-    """SGLang's plugin entry point (group `sglang.srt.plugins`).
+def register() -> None:
+    """Called when SGLang loads us; with nothing set, only the argument hooks are there."""
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
-    SGLang logs what a plugin raises and goes on, except `SystemExit`.
-    """
-    try:
-        policy = PruningPolicy.from_environment()
-        from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
-
-        for step, hook in _STEPS.items():
-            register_resolution_hook(step)(hook)
-        if policy is not None:
-            install()
-    except Exception as error:
-        if os.environ.get(ENV):
-            raise SystemExit(f"entropyprune: error: {error}") from error
-        raise
+    for step, hook in _STEPS.items():
+        register_resolution_hook(step)(hook)
+    if PruningPolicy.from_environment() is not None:
+        install()
 
 
 def install() -> None:
@@ -69,7 +61,7 @@ def install() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.version import __version__
 
-    from ep_backends.sglang.kv import RADIX_CACHE, build_radix_cache, free_kept_slots
+    from ep_backends.sglang.kv import RADIX_CACHE, build_radix_cache
     from ep_backends.sglang.ledger import HOOKED, POINTS, TESTED
 
     if RADIX_CACHE in registered_radix_cache_backends():
@@ -81,34 +73,45 @@ def install() -> None:
             f"{failed[0].detail}; run entropyprune doctor"
         )
     register_radix_cache_backend(RADIX_CACHE, build_radix_cache)
-    hooks: dict[str, Callable[..., Any]] = {
+    for name, hook in _hooks().items():
+        target = HOOKED[name].target.replace(":", ".")
+        HookRegistry.register(target, hook, HookType.AROUND)
+
+
+def _hooks() -> dict[str, Callable[..., Any]]:
+    from ep_backends.sglang.kv import free_kept_slots, reserve_kept
+
+    return {
         "derive_pools": derive_pools,
         "build_attention": build_attention,
         "free_kept": free_kept_slots,
+        "reserve": reserve_kept,
         "admit": admit,
         "report_once": report_once,
     }
-    for name, point in HOOKED.items():
-        HookRegistry.register(_dotted(point.target), hooks[name], HookType.AROUND)
 
 
 def verify() -> None:
-    """Stop a server whose hooks did not all take: SGLang only logs that.
+    """Stop a process that runs a model while a hook of ours did not take: SGLang only logs that.
 
     Raises:
         StartRefused: naming the first one.
     """
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
     from ep_backends.sglang.ledger import HOOKED
 
-    for point in HOOKED.values():
-        if _dotted(point.target) not in HookRegistry._patched:
-            raise StartRefused(f"the hook on {point.target} did not take; see SGLang's log")
+    for name, hook in _hooks().items():
+        if not _wraps(pkgutil.resolve_name(HOOKED[name].target), hook):
+            raise StartRefused(f"the hook on {HOOKED[name].target} did not take; see SGLang's log")
 
 
-def _dotted(target: str) -> str:
-    return target.replace(":", ".")
+def _wraps(function: Any, hook: Callable[..., Any]) -> bool:
+    """Is `hook` among the wrappers that SGLang's registry put around a function?"""
+    while function is not None:
+        cells = getattr(function, "__closure__", None) or ()
+        if any(cell.cell_contents is hook for cell in cells):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 # Resolution of the server's arguments, in the launcher.
@@ -177,7 +180,7 @@ def refuse_arguments(server_args: Any, previous: Callable[[Any], None]) -> None:
 _STEPS = {
     "handle_missing_default_values": read_policy,
     "handle_cache_compatibility": size_pools,
-    "handle_other_validations": refuse_arguments,
+    "validate_deepep_v2_dispatch_token_budget": refuse_arguments,  # whatever it checks: the last
 }
 
 
@@ -256,7 +259,6 @@ def derive_pools(original: Callable[..., None], config: Any) -> None:
     original(config)
     if not os.environ.get(ENV) or config.is_draft_model:
         return
-    verify()
     try:
         settings = settings_of(config)
     except EntropyPruneError as error:
@@ -270,7 +272,7 @@ def derive_pools(original: Callable[..., None], config: Any) -> None:
 def build_attention(original: Callable[..., Any], *, model_runner: Any) -> Any:
     """Around `build_attention_backends`: two instances, and the hooks on the decoder."""
     config = model_runner.model_config
-    if not hasattr(config, _KEY) or model_runner.is_draft_worker:
+    if not os.environ.get(ENV) or model_runner.is_draft_worker:
         return original(model_runner=model_runner)
     from sglang.srt.runtime_context import get_parallel
 
@@ -280,6 +282,8 @@ def build_attention(original: Callable[..., Any], *, model_runner: Any) -> Any:
 
     verify()
     settings = settings_of(config)
+    if not config.is_hybrid_swa:
+        raise StartRefused("the model has one KV pool: its configuration was made without pruning")
     check_decoder(decoder_layers(model_runner.model), settings.layer)
     built = []
 
@@ -302,26 +306,30 @@ def admit(
         try:
             _plan(scheduler, req)
         except EntropyPruneError as error:
+            setattr(req, _KEY, None)
             req.set_finish_with_abort(str(error))
     original(scheduler, req, is_retracted)
 
 
 def _plan(scheduler: Any, req: Any) -> None:
     from ep_backends.sglang.metrics import metrics_of
-    from ep_backends.sglang.requests import KEY, fit, plan_of, plan_request
+    from ep_backends.sglang.requests import fit, plan_of, plan_request
 
-    inputs = req.multimodal_inputs
-    plan = plan_of(inputs)
-    if plan is None and inputs is not None:
+    inputs, plan = req.multimodal_inputs, plan_of(req)
+    planned = plan is None and inputs is not None
+    if planned:
         plan = plan_request(req, inputs, settings_of(scheduler.model_config))
-        setattr(inputs, KEY, plan)
+        setattr(req, _KEY, plan)
+        setattr(inputs, _KEY, plan)
         if plan.namespace:
-            req.extra_key = f"{req.extra_key or ''}|{KEY}:{plan.namespace}"
-        req.customized_info = (req.customized_info or {}) | {KEY: [plan.info]}
-        if (metrics := metrics_of(scheduler)) is not None:
-            metrics.count(plan)
+            req.extra_key = f"{req.extra_key or ''}|{_KEY}:{plan.namespace}"
+        # a list, because that is what SGLang's request-level values are
+        req.customized_info = (req.customized_info or {}) | {_KEY: [plan.info]}
     chunked = scheduler.chunked_prefill_size is not None and scheduler.chunked_prefill_size > 0
     fit(req, plan, slots=scheduler.token_to_kv_pool_allocator.size_swa, chunked=chunked)
+    metrics = metrics_of(scheduler)
+    if planned and plan is not None and metrics is not None:
+        metrics.count(plan)
 
 
 def report_once(original: Callable[..., bool], streamer: Any, key: str) -> bool:

@@ -19,6 +19,7 @@ from torch import nn
 
 from ep_backends.sglang.attention import PrunedAttention
 from ep_backends.sglang.requests import Carried, RequestPlan, Settings, plan_of
+from ep_core.errors import UnsupportedError
 from ep_core.selectors import Selector
 from ep_core.spans import VisualSpan, select
 
@@ -145,18 +146,44 @@ class Prefill:
             current.queries = output[0][:, : self._q_size].clone()
 
     def _before_layer_k(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Rank, drop, and hand the kept tokens on."""
+        """Hand the kept tokens on."""
         positions, hidden, batch, *rest = args
         current = self._pass
         if current is None or not batch.forward_mode.is_extend():
             return None
-        changes = bool(current.pictures or current.parts)
-        if changes:
-            hidden = residual.fold(hidden, batch)
-        queries = current.queries
         slots = batch.out_cache_loc.long()
+        if current.pictures or current.parts:
+            hidden = residual.fold(hidden, batch)
+            hidden, positions, slots = self._drop(current, hidden, positions, slots)
+            residual.set_written(hidden, batch)
+            # SGLang takes tokens beyond this number for padding, and there may be more than before
+            current.real = batch.global_num_token_non_padded_cpu
+            batch.global_num_token_non_padded_cpu = len(hidden)
+        current.positions, current.queries = positions, None
+        view = copy.copy(batch)
+        _resize(view, current)
+        view.out_cache_loc = self._attention.mapping[slots]
+        _send_to_padding(view.out_cache_loc, current)
+        self._attention.begin_kept_layers(view, current.stops)
+        return positions, hidden, batch, *rest
+
+    def _drop(
+        self, current: _Pass, hidden: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rank each picture that is complete, drop the rest of it, let the other parts wait.
+
+        Args:
+            current: the pass; its `source` is set.
+            hidden: `[T, d]` hidden states entering layer K.
+            positions: `[T]` or `[3, T]`.
+            slots: `[T]` slots of the pool below K.
+
+        Returns:
+            The same of what layers >= K compute.
+        """
         table, mapping = self._attention.rows.req_to_token, self._attention.mapping
-        # what layers >= K read: the batch's tokens, then those that waited
+        queries = current.queries
+        # what there is to take from: the batch's tokens, then those that waited
         states, places, homes = [hidden], [positions], [slots]
         offset = current.tokens
         source: list[torch.Tensor] = []
@@ -167,9 +194,11 @@ class Prefill:
             own = slice(run.first, run.first + len(run.span) - run.waiting)
             home = table[run.row, run.span.start : run.span.stop].long()
             kept = self._select(run, hidden[own], None if queries is None else queries[own])
-            dropped = _others(kept, len(run.span))
-            run.plan.released.append(mapping[home[dropped]])
-            mapping.index_fill_(0, home[dropped], 0)
+            gone = home[_others(kept, len(run.span))]
+            run.plan.released.append(mapping[gone])
+            mapping.index_fill_(0, gone, 0)
+            if hidden.is_cuda:
+                run.plan.ready = torch.cuda.current_stream().record_event()
             at = run.first + kept - run.waiting
             if run.carried is not None:
                 at = torch.where(kept < run.waiting, offset + kept, at)
@@ -177,28 +206,16 @@ class Prefill:
                 places.append(run.carried.positions)
                 homes.append(home[: run.waiting])
                 offset += run.waiting
+                run.plan.carried = None
             source.append(at)
-            run.plan.carried = None
-            if hidden.is_cuda:
-                run.plan.ready = torch.cuda.current_stream().record_event()
         for part in current.parts:
             part.plan.carried = _carry(part, hidden, positions, queries, self._head_dim)
-        view = copy.copy(batch)
-        if changes:
-            current.source = torch.cat(source)
-            hidden = torch.cat(states)[current.source]
-            positions = torch.cat(places, dim=-1)[..., current.source]
-            slots = torch.cat(homes)[current.source]
-            residual.set_written(hidden, batch)
-            # SGLang takes tokens beyond this number for padding, and there may be more than before
-            current.real = batch.global_num_token_non_padded_cpu
-            batch.global_num_token_non_padded_cpu = len(hidden)
-        current.positions = positions
-        _resize(view, current)
-        view.out_cache_loc = mapping[slots]
-        _send_to_padding(view.out_cache_loc, current)
-        self._attention.begin_kept_layers(view, current.stops)
-        return positions, hidden, batch, *rest
+        current.source = torch.cat(source)
+        return (
+            torch.cat(states)[current.source],
+            torch.cat(places, dim=-1)[..., current.source],
+            torch.cat(homes)[current.source],
+        )
 
     def _before_later_layer(
         self, module: nn.Module, args: tuple[Any, ...]
@@ -273,7 +290,7 @@ def decoder_layers(model: nn.Module) -> Any:
             attention = getattr(module[0], "self_attn", None)
             if isinstance(getattr(attention, "attn", None), RadixAttention):
                 return module
-    raise LookupError(f"{type(model).__name__} has no list of decoder layers")
+    raise UnsupportedError(f"{type(model).__name__} has no decoder layers that pruning knows")
 
 
 def _plan_request(

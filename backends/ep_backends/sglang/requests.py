@@ -1,7 +1,7 @@
 """What one request keeps: its policy, its pictures, and what the engine still has to do for it.
 
-A `RequestPlan` hangs on the request's `MultimodalInputs`, the one object that SGLang's scheduler
-and its forward batches share.
+A `RequestPlan` hangs on SGLang's `Req`, and for the forward pass, which sees nothing else of a
+request, on its `MultimodalInputs`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ep_core.selectors import Selector
 from ep_core.spans import VisualSpan, plan
 
 BUDGET_KEYS = [key for key, budget in BUDGETS.items() if budget is not FlopsReduction]
-KEY = "entropyprune"  # in custom_params, meta_info and on MultimodalInputs
+KEY = "entropyprune"  # in custom_params, meta_info, and the name of the attribute
 EXAMPLE = '{"entropyprune": {"keep": 64}}, {"entropyprune": "off"}'
 
 SLACK = 2  # SGLang's admission keeps a slot of the pool free, and asks for one more than it needs
@@ -126,9 +126,9 @@ class RequestPlan:
         return None
 
 
-def plan_of(inputs: Any) -> RequestPlan | None:
-    """The plan on a request's `MultimodalInputs`; None for text and for `inputs=None`."""
-    return getattr(inputs, KEY, None)
+def plan_of(owner: Any) -> RequestPlan | None:
+    """The plan of a `Req` or of its `MultimodalInputs`; None for text and for None."""
+    return getattr(owner, KEY, None)
 
 
 def plan_request(req: Any, inputs: Any, settings: Settings) -> RequestPlan:
