@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,17 +19,14 @@ from ep_core.policy import PruningPolicy
 pytestmark = pytest.mark.filterwarnings("default")  # the engine's warnings are not ours to fix
 
 POLICY = "layer=2,keep=0.25,method=set-entropy"
-# what the launcher of a real server leaves in the environment must not reach other tests
-ENVIRONMENT = ("ENTROPYPRUNE", "ENTROPYPRUNE_FROM_JSON")
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+    """What the launcher of a server leaves in the environment must not reach other tests."""
+    monkeypatch.delenv("ENTROPYPRUNE", raising=False)
     yield
-    for name in ENVIRONMENT:
-        os.environ.pop(name, None)
+    os.environ.pop("ENTROPYPRUNE", None)
 
 
 def resolve(**arguments):
@@ -77,6 +75,21 @@ def test_policy_in_json_reaches_the_workers_through_the_environment(override):
     # and it is gone for the next engine of this process
     assert resolve().radix_cache_backend is None
     assert PruningPolicy.from_environment() is None
+
+
+def test_policy_in_json_does_not_switch_off_a_server_that_this_process_starts():
+    """A server that inherits the environment has its policy there, whoever wrote it."""
+    resolve(json_model_override_args=json.dumps({"entropyprune": POLICY}))
+    program = f"from {Path(__file__).stem} import resolve; print(resolve().radix_cache_backend)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.split()[-1] == "entropyprune"
 
 
 def test_policy_in_both_places_must_agree(monkeypatch):

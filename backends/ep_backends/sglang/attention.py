@@ -64,8 +64,10 @@ class PrunedAttention(AttentionBackend):  # type: ignore[misc]
         self.full = build(_RunnerView(runner, pools.full_kv_pool, rows))
         kept_pool = copy.copy(pools.swa_kv_pool)  # shares the buffers
         kept_pool.start_layer = layer
+        # no request keeps more tokens than the pool has slots (a padded lane reads slot 0)
+        columns = min(rows.req_to_token.shape[1], pools.size_swa + 1)
         self._kept_rows = copy.copy(rows)
-        self._kept_rows.req_to_token = torch.zeros_like(rows.req_to_token)
+        self._kept_rows.req_to_token = torch.zeros_like(rows.req_to_token[:, :columns])
         self.kept = build(_RunnerView(runner, kept_pool, self._kept_rows))
         # what SGLang reads off a backend
         self.kv_index_translator = runner.kv_index_translator
@@ -116,7 +118,8 @@ class PrunedAttention(AttentionBackend):  # type: ignore[misc]
         target = torch.where(held, held.cumsum(dim=1) - 1, width)
         table = self._kept_rows.req_to_token
         packed = table.new_zeros(len(rows), width + 1).scatter_(1, target, slots.to(table.dtype))
-        table[rows, :width] = packed[:, :width]
+        used = min(width, table.shape[1])
+        table[rows, :used] = packed[:, :used]
         return held.sum(dim=1)
 
     def forward(

@@ -241,10 +241,11 @@ def _pictures(request: Request) -> list[Any]:
 
 @contextmanager
 def _no_policy_in_environment() -> Iterator[None]:
-    """What a session prunes is its own argument alone."""
+    """What a session prunes is its own argument alone, and no later process inherits it."""
     value = os.environ.pop(ENV, None)
     try:
         yield
     finally:
+        os.environ.pop(ENV, None)
         if value is not None:
             os.environ[ENV] = value

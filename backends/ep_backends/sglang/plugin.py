@@ -19,7 +19,7 @@ from ep_core.patching import check_point
 from ep_core.plugins import registry
 from ep_core.policy import ENV, PruningPolicy
 
-_FROM_JSON = "ENTROPYPRUNE_FROM_JSON"  # set where ENTROPYPRUNE came from --json-model-override-args
+_handed_over: str | None = None  # what this process put into ENTROPYPRUNE for its workers
 _KEY = "entropyprune"
 # Text-only traffic may lose this share of its token capacity, so that pictures gain the rest.
 TEXT_CAPACITY_LOSS = 0.1
@@ -119,8 +119,10 @@ def _wraps(function: Any, hook: Callable[..., Any]) -> bool:
 
 def read_policy(server_args: Any, previous: Callable[[Any], None]) -> None:
     """First step: take the policy from wherever it was set; choose what it needs by default."""
-    if os.environ.pop(_FROM_JSON, None):  # an earlier engine of this process
-        os.environ.pop(ENV, None)
+    global _handed_over
+    if _handed_over is not None and os.environ.get(ENV) == _handed_over:
+        del os.environ[ENV]  # it was for an earlier engine of this process
+    _handed_over = None
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     arguments = resolving_view(server_args)
@@ -219,7 +221,8 @@ def _policy(override: str) -> PruningPolicy | None:
     except EntropyPruneError as error:
         _refuse(error)
     if policy is None:
-        os.environ[ENV], os.environ[_FROM_JSON] = str(asked), "1"
+        global _handed_over
+        os.environ[ENV] = _handed_over = str(asked)
     return asked
 
 
