@@ -11,7 +11,7 @@ import asyncio
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+PROBE = "ep_serving_probe"  # this file's name as a plugin
 EOS = 423  # of the demonstration model
 # what SGLang checks about its own memory, read by its processes when they start
 STRICT = {
@@ -55,9 +56,18 @@ def install() -> None:
         _count_evicted,
         HookType.AFTER,
     )
+    HookRegistry.register(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode",
+        _count_retracted,
+        HookType.AFTER,
+    )
     Scheduler.set_chunk_size = _set_chunk_size
+    Scheduler.evict_from = _evict_from
     if os.environ.get("ENTROPYPRUNE"):
         HookRegistry.register("ep_backends.sglang.prefill._carry", _count_part, HookType.AFTER)
+        HookRegistry.register(
+            "ep_backends.sglang.kv.KeptRadixCache.claim_kv_row", _count_released, HookType.BEFORE
+        )
 
 
 def _tell(result: None, controller: Any, state: dict[str, Any]) -> None:
@@ -84,6 +94,9 @@ def _tell(result: None, controller: Any, state: dict[str, Any]) -> None:
         "pools": pools,
         "rows": rows.size - len(rows.free_slots),
         "waiting": len(scheduler.waiting_queue),
+        "running": len(scheduler.running_batch.reqs),
+        "overlap": scheduler.enable_overlap,
+        "plugin": "ep_backends.sglang.plugin" in sys.modules,
         "private": getattr(tree, "_private_drops", 0),
         "counts": dict(COUNTS),
     }
@@ -98,9 +111,43 @@ def _count_part(result: Any, *args: Any, **kwargs: Any) -> None:
     COUNTS["parts"] += 1
 
 
+def _count_retracted(result: Any, *args: Any, **kwargs: Any) -> None:
+    COUNTS["retracted"] += len(result[0])
+
+
+def _count_released(tree: Any, req: Any) -> None:
+    plan = getattr(req.multimodal_inputs, "entropyprune", None)
+    if plan is not None:
+        COUNTS["released with a part"] += plan.carried is not None
+        COUNTS["released with dropped slots"] += bool(plan.released)
+
+
 def _set_chunk_size(scheduler: Any, size: int) -> None:
     """Remote call: prefill in chunks of another size from now on."""
     scheduler.chunked_prefill_size = size
+
+
+def _evict_from(scheduler: Any, position: int) -> None:
+    """Remote call: the prefix cache loses what it holds behind a position of each prompt."""
+    tree = scheduler.tree_cache
+    core = tree.tree_core
+    tails = []
+
+    def visit(node: Any, start: int) -> None:
+        for child in list(node.children.values()):
+            stop = start + len(child.key)
+            if start < position < stop:
+                upper, action = core._split_node(child.key, child, position - start)
+                tree._apply_cache_actions([] if action is None else [action])
+                visit(upper, position)
+                continue
+            visit(child, stop)
+            if start >= position:
+                tails.append(child)  # after its children
+
+    visit(core.root_node, 0)
+    for node in tails:
+        tree._evict_device_leaf(node.id, dict.fromkeys(tree.tree_components, 0))
 
 
 # In the process of the tests.
@@ -114,38 +161,49 @@ class _Signals:
     """What the engine does in this process on a signal: SGLang's own would end it."""
 
     def __init__(self, manager: Any) -> None:
-        self._loop = manager.event_loop
+        self._manager = manager
 
     def sigterm_handler(self) -> None:
         """Nothing to drain."""
 
     def running_phase_sigquit_handler(self) -> None:
         """A child died: whoever waits for an answer waits no longer."""
-        for task in asyncio.all_tasks(self._loop):
+        self._manager.died = True
+        for task in asyncio.all_tasks(self._manager.event_loop):
             task.cancel()
 
 
 @contextmanager
-def running(folder: Path, policy: str | None, **arguments: Any) -> Iterator[Any]:
+def running(
+    folder: Path,
+    policy: str | None,
+    environment: Mapping[str, str] | None = None,
+    **arguments: Any,
+) -> Iterator[Any]:
     """A session of the SGLang backend on the demonstration model, watched from inside.
 
     Only one at a time: SGLang ends every child process when an engine is shut down.
+
+    Args:
+        folder: where the probe is made a plugin.
+        policy: what to prune.
+        environment: what the engine's processes read besides `STRICT`.
+        arguments: of `sglang.Engine`.
     """
     from ep_backends.sglang.backend import SGLangBackend
     from ep_core import demo
     from ep_core.policy import PruningPolicy
 
-    name = "ep_serving_probe"
-    metadata = folder / f"{name}-1.dist-info"
+    metadata = folder / f"{PROBE}-1.dist-info"
     if not metadata.exists():
         metadata.mkdir(parents=True)
-        (folder / f"{name}.py").symlink_to(Path(__file__).resolve())
-        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        (folder / f"{PROBE}.py").symlink_to(Path(__file__).resolve())
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PROBE}\nVersion: 1\n")
         (metadata / "entry_points.txt").write_text(
-            f"[sglang.srt.plugins]\n{name} = {name}:install\n"
+            f"[sglang.srt.plugins]\n{PROBE} = {PROBE}:install\n"
         )
-    before = dict(os.environ)
-    os.environ.update(STRICT)
+    before, own = dict(os.environ), STRICT | dict(environment or {})
+    os.environ.update(own)
     sys.path.insert(0, str(folder))  # spawned processes start with the same path
     try:
         with SGLangBackend().open(
@@ -157,18 +215,38 @@ def running(folder: Path, policy: str | None, **arguments: Any) -> Iterator[Any]
         ) as session:
             session.engine.tokenizer_manager.signal_handler_class = _Signals
             yield session
-    except asyncio.CancelledError as error:
-        raise EngineDied("a process of the engine died; its traceback is in the output") from error
     finally:
         sys.path.remove(str(folder))
-        for key in STRICT:
+        for key in own:
             os.environ.pop(key)
-        os.environ.update({key: before[key] for key in STRICT if key in before})
+        os.environ.update({key: before[key] for key in own if key in before})
+
+
+def alive(session: Any) -> bool:
+    """Do all processes of the engine still run, as far as was heard?"""
+    return not getattr(session.engine.tokenizer_manager, "died", False)
+
+
+def wait(session: Any, work: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine in the engine's loop.
+
+    Raises:
+        EngineDied: one of the engine's processes ended meanwhile.
+    """
+    try:
+        return session.engine.loop.run_until_complete(work)
+    except asyncio.CancelledError as error:
+        raise EngineDied("a process of the engine died; its traceback is in the output") from error
+
+
+async def look(session: Any) -> dict[str, Any]:
+    """What the scheduler's process tells."""
+    return (await session.engine.tokenizer_manager.get_internal_state())[0]["probe"]
 
 
 def inside(session: Any) -> dict[str, Any]:
     """What the scheduler's process tells."""
-    return session.engine.get_server_info()["internal_states"][0]["probe"]
+    return wait(session, look(session))
 
 
 @contextmanager
@@ -191,9 +269,45 @@ def ask(
     **arguments: Any,
 ) -> list[dict[str, Any]]:
     """Submit messages together; SGLang's own answers, log-probabilities and kept sets included."""
-    return session.engine.generate(
-        **questions(session, contents, sampling), return_logprob=True, **arguments
+    asked = questions(session, contents, sampling)
+    return wait(
+        session, session.engine.async_generate(**asked, return_logprob=True, **arguments)
     )
+
+
+async def each(
+    session: Any,
+    contents: Sequence[tuple[str | Path, ...]],
+    sampling: Sequence[dict[str, Any]] | None = None,
+    names: Sequence[str] | None = None,
+    seconds: float = 60,
+) -> list[dict[str, Any] | str]:
+    """Submit messages at once as requests of their own.
+
+    Args:
+        session: a session of the backend.
+        contents, sampling: as for `questions`.
+        names: of the requests, to abort them by.
+        seconds: after which nobody waits any longer.
+
+    Returns:
+        for each message SGLang's answer, or why it refused.
+    """
+    asked = questions(session, contents, sampling)
+
+    async def one(i: int) -> dict[str, Any] | str:
+        arguments = {key: value[i] for key, value in asked.items()}
+        if names is not None:
+            arguments["rid"] = names[i]
+        answer = session.engine.async_generate(**arguments, return_logprob=True)
+        try:
+            return await asyncio.wait_for(answer, seconds)
+        except TimeoutError:
+            return f"no answer in {seconds} s"
+        except ValueError as error:
+            return str(error)
+
+    return await asyncio.gather(*map(one, range(len(contents))))
 
 
 def questions(
@@ -259,14 +373,16 @@ def expected(
     )
 
 
-def problems(output: dict[str, Any], wanted: Any, tokens: int = 6) -> list[str]:
+def problems(output: dict[str, Any] | str, wanted: Any, tokens: int = 6) -> list[str]:
     """How an output of the engine differs from the oracle's result; [] if it does not.
 
     Args:
-        output: SGLang's.
+        output: SGLang's, or why there is none.
         wanted: the oracle's, of at least as many tokens.
         tokens: asked for.
     """
+    if isinstance(output, str):
+        return [output]
     meta = output["meta_info"]
     if meta["finish_reason"] != {"type": "length", "length": tokens}:
         return [f"finished as {meta['finish_reason']}"]
@@ -276,8 +392,8 @@ def problems(output: dict[str, Any], wanted: Any, tokens: int = 6) -> list[str]:
         kept = [span["kept"] for span in info["spans"]]
         if kept != wanted.kept:
             found.append(f"kept {kept}, the oracle {wanted.kept}")
-    elif wanted.spans:
-        found.append(f"no kept set: {info}")
+    elif info.get("kept", 0) != sum(map(len, wanted.kept)):
+        found.append(f"{info}, the oracle keeps {wanted.kept}")
     logprobs = torch.log_softmax(wanted.logits, -1)
     given = [value for value, *_ in meta["output_token_logprobs"]]
     for step, (token, value) in enumerate(zip(output["output_ids"], given, strict=True)):

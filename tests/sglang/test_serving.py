@@ -5,72 +5,393 @@ log-probabilities come from the conformance suite's oracle.
 """
 
 import asyncio
+import random
+from contextlib import ExitStack
 
 import pytest
 
 from ep_core import demo
 
-from .common import ask, expected, inside, nothing_lost, problems, questions, running
+from .common import (
+    PROBE,
+    alive,
+    ask,
+    each,
+    expected,
+    inside,
+    look,
+    nothing_lost,
+    problems,
+    running,
+    wait,
+)
 
 pytestmark = pytest.mark.filterwarnings("default")  # the engine's warnings are not ours to fix
 
 PICTURES = sorted(demo.PICTURES.glob("sample_*.png"))
 TOKENS = 144  # of each of these pictures
 BEFORE = 4  # tokens of the prompt before its first picture
-NUMBER = "what number is written?"
+NUMBER, STAR = "what number is written?", "is there a red star?"
 LAYER, KEEP = 2, 16
+CHUNK = 2048  # tokens; no prompt here is longer
+
+# method (None: no policy), and what the engine is started with
+ENGINES = {
+    "released": ("released", {}),
+    "rows, no prefix cache, no overlap": (
+        "rows",
+        {"disable_radix_cache": True, "disable_overlap_schedule": True},
+    ),
+    "set-entropy": ("set-entropy", {}),
+    # 207 slots in the kept pool
+    "small": (
+        "released",
+        {"max_total_tokens": 600, "swa_full_tokens_ratio": 0.3455, "max_running_requests": 8},
+    ),
+    "off": (None, {}),
+    "without the plugin": (None, {"environment": {"SGLANG_PLUGINS": PROBE}}),
+}
 
 
-@pytest.mark.parametrize("method", ["released", "rows", "set-entropy"])
-def test_a_chunk_may_end_anywhere(method, tmp_path):
-    one, three = (PICTURES[0], NUMBER), (*PICTURES[1:4], "is there a red star?")
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """Gives the engine of a name, idle and with nothing cached; it ends when another is asked for."""
+    folder = tmp_path_factory.mktemp("probe")
+    current = {}
+    with ExitStack() as stack:
+
+        def give(name):
+            if name not in current or not alive(current[name]):
+                stack.close()
+                current.clear()
+                method, arguments = ENGINES[name]
+                policy = None if method is None else f"layer={LAYER},keep={KEEP},method={method}"
+                arguments = {"chunked_prefill_size": CHUNK, **arguments}
+                current[name] = stack.enter_context(running(folder, policy, **arguments))
+            session = current[name]
+            session.engine.collective_rpc("set_chunk_size", size=CHUNK)
+            forget(session)
+            return session
+
+        yield give
+
+
+def forget(session):
+    """Empty the prefix cache."""
+    assert wait(session, session.engine.tokenizer_manager.flush_cache()).success
+
+
+def differences(outputs, contents, method="released", keep=KEEP):
+    """Of each message whose answer is not the oracle's: what differs."""
+    pairs = zip(contents, outputs, strict=True)
+    found = [problems(output, expected(content, LAYER, keep, method)) for content, output in pairs]
+    return {i: what for i, what in enumerate(found) if what}
+
+
+def cached(output):
+    """Tokens that a request found in the prefix cache."""
+    return output["meta_info"]["cached_tokens"]
+
+
+def info_of(output):
+    """What an answer says about pruning."""
+    return output["meta_info"]["entropyprune"][0]
+
+
+@pytest.mark.parametrize("name", ["released", "rows, no prefix cache, no overlap", "set-entropy"])
+def test_a_chunk_may_end_anywhere(name, engine):
+    one, three = (PICTURES[0], NUMBER), (*PICTURES[1:4], STAR)
     end = BEFORE + TOKENS
     sizes = [1000, 40, BEFORE - 1, BEFORE, BEFORE + 1, TOKENS, end - 1, end, end + 1, 2 * end + 20]
     found = {}
-    with running(tmp_path, f"layer={LAYER},keep={KEEP},method={method}") as session:
-        for size in sizes:
-            # the smallest sizes cut the prompt's first picture, not all of them
-            contents = [one] if size <= BEFORE + 1 else [one, three]
-            session.engine.collective_rpc("set_chunk_size", size=size)
-            assert session.engine.flush_cache().success
-            with nothing_lost(session):
-                outputs = ask(session, contents)
-            for content, output in zip(contents, outputs, strict=True):
-                found[size, len(content) - 1] = problems(
-                    output, expected(content, LAYER, KEEP, method)
-                )
-        assert inside(session)["counts"]["parts"] > 20, "hardly a chunk ended inside a picture"
+    session, method = engine(name), ENGINES[name][0]
+    for size in sizes:
+        # the smallest sizes cut the prompt's first picture, not all of them
+        contents = [one] if size <= BEFORE + 1 else [one, three]
+        session.engine.collective_rpc("set_chunk_size", size=size)
+        forget(session)
+        with nothing_lost(session):
+            outputs = ask(session, contents)
+        for content, output in zip(contents, outputs, strict=True):
+            found[size, len(content) - 1] = problems(output, expected(content, LAYER, KEEP, method))
+    assert inside(session)["counts"]["parts"] > 20, "hardly a chunk ended inside a picture"
     assert not {key: what for key, what in found.items() if what}
 
 
-def test_what_the_kept_pool_cannot_hold_does_not_block_the_server(tmp_path):
-    """300 tokens fit below layer K, 207 kept ones: nobody waits for what will never fit."""
-    arguments = {"max_total_tokens": 300, "max_running_requests": 8}
+def test_a_warm_prefix_answers_as_a_cold_one(engine):
+    a, b, c = PICTURES[:3]
+    whole = BEFORE + TOKENS
+    # what is asked one after the other, and the least and most tokens that it finds cached
+    steps = {
+        "cold": ((a, NUMBER), 0, 0),
+        "another question": ((a, STAR), whole, whole + 2),
+        "the same again": ((a, NUMBER), whole + 2, whole + 20),
+        "the second picture is new": ((a, b, NUMBER), whole, whole + 2),
+        "another second picture": ((a, c, NUMBER), whole, whole + 2),
+        "two known pictures": ((a, b, STAR), whole + TOKENS, whole + TOKENS + 4),
+        "the same picture twice": ((a, a, NUMBER), whole, whole + 2),
+        "after another text": (("look:", a, NUMBER), 1, whole - TOKENS),
+        "only the text": ((NUMBER,), 1, BEFORE),
+    }
+    session = engine("released")
+    for name, (content, least, most) in steps.items():
+        with nothing_lost(session):
+            (output,) = ask(session, [content])
+        assert not problems(output, expected(content, LAYER, KEEP, "released")), name
+        assert least <= cached(output) <= most, f"{name}: {cached(output)} tokens were cached"
+
+
+@pytest.mark.parametrize("inside_it", [1, TOKENS // 2, TOKENS - 1])
+def test_a_hit_that_ends_inside_a_picture_is_cut_back(inside_it, engine):
+    a, b = PICTURES[:2]
+    second = BEFORE + TOKENS + 2  # where a second picture starts
+    session = engine("released")
+    for first, start in ({(a, NUMBER): BEFORE, (a, b, NUMBER): second}).items():
+        forget(session)
+        ask(session, [first])
+        session.engine.collective_rpc("evict_from", position=start + inside_it)
+        contents = [(*first[:-1], STAR), first, (*first[:-1], STAR), (a, STAR)]
+        with nothing_lost(session):
+            outputs = [ask(session, [content])[0] for content in contents[:2]]
+            outputs += ask(session, contents[2:])
+        assert not differences(outputs, contents), f"start {start}"
+        assert [cached(output) for output in outputs[:3]] == [start] * 3, f"start {start}"
+
+
+def test_each_request_has_its_own_budget(engine):
+    picture = PICTURES[4]
+    asked = {  # what the request says, and the tokens that it keeps
+        "default": (None, KEEP),
+        "few": ({"keep": 8, "details": True}, 8),
+        "a share": ({"keep": 0.25, "details": True}, TOKENS // 4),
+        "off": ("off", TOKENS),
+        "false": (False, TOKENS),
+        "all": ({"keep": TOKENS, "details": True}, TOKENS),
+        "the server's own": ({"keep": KEEP, "details": True}, KEEP),
+    }
+    shares = {"default": "the server's own", "off": "false"}
+    refused = {"too many": {"keep": 1000}, "unreadable": {"keep": "x"}, "unknown": {"layer": 3}}
+    wishes = [
+        *({"policy": policy} for policy, _ in asked.values()),
+        *({"policy": policy} for policy in refused.values()),
+    ]
+    session = engine("released")
+
+    def check(outputs, content, when):
+        for (name, (_, keep)), output in zip(asked.items(), outputs, strict=False):
+            layer = None if keep == TOKENS else LAYER
+            wrong = problems(output, expected(content, layer, keep, "released"))
+            assert not wrong, f"{when}, {name}: {wrong}"
+        for name, output in zip(refused, outputs[len(asked) :], strict=False):
+            assert isinstance(output, str), f"{when}, {name}: accepted"
+            assert "keep" in output or "layer" in output, f"{when}, {name}: {output}"
+
+    # one after the other: nobody finds what another budget left there
+    seen = []
+    for name, wish in zip(asked, wishes, strict=False):
+        with nothing_lost(session):
+            (output,) = ask(session, [(picture, NUMBER)], [wish])
+        known = any(name in pair and set(pair) & set(seen) for pair in shares.items())
+        assert (cached(output) > 0) == known, f"{name} found {cached(output)} tokens after {seen}"
+        seen.append(name)
+    for when, question in (("warm", STAR), ("warm again", NUMBER), ("cold", NUMBER)):
+        if when == "cold":
+            forget(session)
+        content = (picture, question)
+        with nothing_lost(session):
+            outputs = wait(session, each(session, [content] * len(wishes), wishes))
+        check(outputs, content, when)
+
+
+def test_logprobs_of_the_prompt_switch_pruning_off_for_that_request(engine):
+    content = (PICTURES[5], NUMBER)
+    session = engine("released")
+    for when in ("cold", "after the pruned request", "warm"):
+        # the second start lies inside the picture, where the prefix is then cut
+        for start in (0, BEFORE + 20):
+            with nothing_lost(session):
+                (output,) = ask(session, [content], logprob_start_len=start)
+            wrong = problems(output, expected(content, None, 0, "released"))
+            assert not wrong, f"{when}, from {start}: {wrong}"
+            assert info_of(output)["reason"] == "the request asks for logprobs of its prompt"
+            meta = output["meta_info"]
+            given = [value for value, *_ in meta["input_token_logprobs"]]
+            assert len(given) == meta["prompt_tokens"] - start, f"{when}, from {start}"
+            assert all(value <= 0 for value in given[1:]), f"{when}, from {start}: {given}"
+        if when == "warm":
+            continue
+        with nothing_lost(session):
+            (output,) = ask(session, [content])
+        assert not differences([output], [content]), f"the pruned request, {when}"
+
+
+def test_aborted_requests_leave_nothing_behind(engine):
+    a, b, c, d = PICTURES[:4]
+    session = engine("released")
+    manager = session.engine.tokenizer_manager
+    good = [(a, NUMBER), (STAR,), (d, a, STAR)]
+
+    async def abort_when(condition, contents, sampling, names):
+        """Answers of some requests, those with a name aborted once `condition` holds."""
+        work = asyncio.ensure_future(each(session, contents, sampling, names))
+        for _ in range(1000):
+            if condition(await look(session)):
+                break
+            await asyncio.sleep(0)
+        else:
+            pytest.fail("there was nothing to abort")
+        for name in names:
+            if name.startswith("gone"):
+                manager.abort_request(rid=name)
+        return await work
+
+    def aborted(output):
+        # SGLang raises for some of them
+        if isinstance(output, str):
+            return "abort" in output.lower()
+        return output["meta_info"]["finish_reason"]["type"] == "abort"
+
+    # in a chunk that ends inside a picture: the first, the second, the third of the prompt
+    session.engine.collective_rpc("set_chunk_size", size=8)
+    for parts in (4, 22, 42):
+        forget(session)
+        before = inside(session)["counts"]
+        with nothing_lost(session):
+            gone, *outputs = wait(
+                session,
+                abort_when(
+                    lambda told: told["counts"].get("parts", 0) >= before.get("parts", 0) + parts,
+                    [(b, c, d, NUMBER), *good],
+                    [{}] * 4,
+                    ["gone", "x", "y", "z"],
+                ),
+            )
+        assert aborted(gone), f"after {parts} parts: it was answered: {gone}"
+        assert not differences(outputs, good), f"after {parts} parts"
+        released = inside(session)["counts"].get("released with a part", 0)
+        assert released > before.get("released with a part", 0), (
+            f"after {parts} parts: no part of a picture waited when the request was aborted"
+        )
+    # while they decode, and while they wait
+    session.engine.collective_rpc("set_chunk_size", size=CHUNK)
+    forget(session)
+    contents = [(b, NUMBER), (a, b, STAR), (NUMBER,), *good]
+    with nothing_lost(session):
+        *gone, _, _, _ = outputs = wait(
+            session,
+            abort_when(
+                lambda told: told["running"] >= 3,
+                contents,
+                [{"max_new_tokens": 800}] * 3 + [{}] * 3,
+                ["gone 1", "gone 2", "gone 3", "x", "y", "z"],
+            ),
+        )
+    assert all(map(aborted, gone)), f"one was answered: {gone}"
+    assert not differences(outputs[3:], good), "beside aborted decodes"
+    with nothing_lost(session):
+        contents = [(b, c, d, NUMBER), (b, NUMBER), (a, b, STAR), *good]
+        outputs = ask(session, contents)
+    assert not differences(outputs, contents), "after aborts"
+
+
+def test_without_prefix_cache_and_overlap(engine):
+    a, b, c = PICTURES[:3]
+    session = engine("rows, no prefix cache, no overlap")
+    assert not inside(session)["overlap"]
+    contents = [(a, NUMBER), (a, NUMBER), (a, b, STAR), (STAR,), (a, b, c, NUMBER), (a, STAR)]
+    with nothing_lost(session):
+        outputs = ask(session, contents)
+    assert not differences(outputs, contents, "rows")
+    assert not any(map(cached, outputs))
+
+
+def test_what_the_kept_pool_cannot_hold_does_not_block_the_server(engine):
+    """600 tokens fit below layer K, 207 kept ones: nobody waits for what will never fit."""
     hangs = {
         "a long text": ("is there a red star? " * 36, 8),  # 225 tokens
         "a long answer": ("is there a red star?", 220),
     }
+    session = engine("small")
+    for name, (text, tokens) in hangs.items():
+        with nothing_lost(session):
+            first, second = wait(
+                session,
+                each(
+                    session,
+                    [(text,), ("how many circles?",)],
+                    [{"max_new_tokens": tokens}, {"max_new_tokens": 4}],
+                    seconds=30,
+                ),
+            )
+        assert "no answer in 30 s" not in (first, second), name
+        assert second["meta_info"]["finish_reason"]["type"] == "length", name
+        if name == "a long text":
+            assert "--swa-full-tokens-ratio" in first, first
 
-    async def answer(session, text, tokens):
-        asked = questions(session, [(text,)], [{"max_new_tokens": tokens}])
-        one = {key: value[0] for key, value in asked.items()}
-        try:
-            return await asyncio.wait_for(session.engine.async_generate(**one), timeout=30)
-        except TimeoutError:
-            return "no answer in 30 s"
-        except ValueError as error:
-            return str(error)
 
-    async def beside(session, text, tokens):
-        return await asyncio.gather(
-            answer(session, text, tokens), answer(session, "how many circles?", 4)
+def test_a_kept_pool_smaller_than_the_prompt(engine):
+    session = engine("small")
+    content = (*PICTURES[1:4], STAR)
+    for when in ("cold", "warm"):
+        with nothing_lost(session):
+            (output,) = ask(session, [content])
+        assert output["meta_info"]["prompt_tokens"] > 2 * 207
+        assert not differences([output], [content]), when
+
+
+def test_eviction_and_retraction(engine):
+    a, b, c, d = PICTURES[:4]
+    questions = [NUMBER, STAR, "how many circles?"]
+    messages = [
+        *((question,) for question in questions),
+        *((picture, question) for picture in (a, b, c) for question in questions),
+        *((a, b, question) for question in questions[:2]),
+        *((b, d, NUMBER), ("look:", c, "and", a, STAR), (a, b, c, NUMBER), (d, b, c, STAR)),
+    ]
+    draw = random.Random(1)
+    requests = [(content, tokens) for content in messages for tokens in (2, 7, 20, 40)]
+    draw.shuffle(requests)
+    session = engine("small")
+    assert inside(session)["overlap"], "this is about the overlap schedule"
+    before = inside(session)["counts"]
+    with nothing_lost(session):
+        outputs = wait(
+            session,
+            each(
+                session,
+                [content for content, _ in requests],
+                [{"max_new_tokens": tokens} for _, tokens in requests],
+            ),
         )
+    counts = inside(session)["counts"]
+    happened = {key: counts.get(key, 0) - before.get(key, 0) for key in counts}
+    print(happened)
+    assert len(requests) >= 60
+    assert happened.get("evicted full", 0) > 0, f"nothing was evicted: {happened}"
+    assert happened.get("evicted kept", 0) > 0, f"nothing was evicted: {happened}"
+    assert happened.get("retracted", 0) > 0, f"nobody was retracted: {happened}"
+    found = {}
+    for i, ((content, tokens), output) in enumerate(zip(requests, outputs, strict=True)):
+        if wrong := problems(output, expected(content, LAYER, KEEP, "released", 40), tokens):
+            found[i, content, tokens] = wrong
+    assert not found, f"{len(found)} of {len(requests)} answers are wrong: {found}"
+    assert any(output["meta_info"]["cached_tokens"] > TOKENS for output in outputs)
 
-    with running(tmp_path, f"layer={LAYER},keep={KEEP},method=released", **arguments) as session:
-        for name, (text, tokens) in hangs.items():
-            with nothing_lost(session):
-                first, second = session.engine.loop.run_until_complete(
-                    beside(session, text, tokens)
-                )
-            assert "no answer in 30 s" not in (first, second), name
-            assert second["meta_info"]["finish_reason"]["type"] == "length", name
+
+def test_without_a_policy_nothing_differs_from_sglang_alone(engine):
+    contents = [(PICTURES[0], NUMBER), (STAR,)]
+    answers = {}
+    for name, loaded in (("off", True), ("without the plugin", False)):
+        session = engine(name)
+        assert inside(session)["plugin"] == loaded, f"{name}: was the plugin loaded?"
+        with nothing_lost(session):
+            outputs = [ask(session, [content], logprob_start_len=0)[0] for content in contents]
+        answers[name] = [
+            (
+                output["output_ids"],
+                output["meta_info"]["output_token_logprobs"],
+                output["meta_info"]["input_token_logprobs"],
+            )
+            for output in outputs
+        ]
+    assert answers["off"] == answers["without the plugin"]

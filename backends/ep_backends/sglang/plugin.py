@@ -222,7 +222,8 @@ def _policy(override: str) -> PruningPolicy | None:
         _refuse(error)
     if policy is None:
         global _handed_over
-        os.environ[ENV] = _handed_over = str(asked)
+        # the space tells it from the same policy set by the user later on
+        os.environ[ENV] = _handed_over = f" {asked}"
     return asked
 
 
