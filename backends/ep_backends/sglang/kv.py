@@ -44,13 +44,43 @@ def free_kept_slots(
 
 
 class KeptBudget(SWAPrefillBudget):  # type: ignore[misc]
-    """What prefill may still take: of the kept pool too, running answers have their share."""
+    """What one prefill pass may take of the kept pool.
+
+    The base class is made for windows: there decoding takes nothing more of the pool, and every
+    request can have a window of its own. Neither is so here.
+    """
+
+    _cut = False  # a prompt of this pass is cut into chunks; SGLang can keep track of one
 
     @property
     def remaining_swa(self) -> int:
-        """Slots of the kept pool that no request has been promised."""
-        held = self.allocator.swa_available_size() + self.tree_cache.swa_evictable_size()
-        return int(held - self.total_offset)
+        """Slots that are free or can be evicted, less what running requests will decode."""
+        free = self.allocator.swa_available_size() + self.tree_cache.swa_evictable_size()
+        return int(free - self.total_offset)
+
+    def swa_never_fits(self, extend_input_len: int, max_new_tokens: int, **kwargs: Any) -> bool:
+        """Must a prompt come in chunks, because waiting makes no room for all of it at once?
+
+        Its own cached prefix takes part of the pool: if nobody else is there, what is not free now
+        never will be.
+        """
+        held = self.tree_cache.swa_protected_size()
+        alone = self.remaining_swa + held == self.allocator.size_swa
+        return bool(alone or super().swa_never_fits(extend_input_len, max_new_tokens, **kwargs))
+
+    def check_prefill(self, *, extend_input_len: int, **kwargs: Any) -> tuple[bool, int | None]:
+        """As the base class, but one prompt at most is cut in a pass."""
+        fits, limit = super().check_prefill(extend_input_len=extend_input_len, **kwargs)
+        if fits and limit is not None and limit < extend_input_len:
+            if self._cut:
+                return False, None
+            self._cut = True
+        return fits, limit
+
+    def reserve(self, *args: Any, is_chunked_continuation: bool = False, **kwargs: Any) -> None:
+        """Count an admitted request."""
+        self._cut |= is_chunked_continuation
+        super().reserve(*args, is_chunked_continuation=is_chunked_continuation, **kwargs)
 
 
 def reserve_kept(
@@ -137,10 +167,11 @@ class KeptRadixCache(UnifiedRadixCache):  # type: ignore[misc]
         """
         result = super()._match_tree(params)
         plan = plan_of(params.req)
-        if plan is not None:
-            plan.cacheable = None
-        span = plan.pruned_span_at(result.device_prefix_len) if plan is not None else None
-        if plan is None or span is None:
+        if plan is None:
+            return result
+        plan.cacheable = None
+        span = plan.pruned_span_at(result.device_prefix_len)
+        if span is None:
             return result
         # nor may it come to lie on the tree's half of it: the two may keep different tokens
         plan.cacheable = span.start
@@ -153,9 +184,12 @@ class KeptRadixCache(UnifiedRadixCache):  # type: ignore[misc]
             self._settle(plan)
             self._describe(req, plan, up_to)
         super().checkpoint(req, up_to=up_to, **kwargs)
-        if plan is not None and not self.disable:
-            self._private_drops -= plan.private
-            plan.private = 0
+        if plan is not None:
+            private = 0
+            if not req.finished():  # its slots are about to be freed
+                private = plan.dropped_in(up_to) - plan.dropped_in(req.kv.cache_protected_len)
+            self._private_drops += private - plan.private
+            plan.private = private
 
     def claim_kv_row(self, req: Any) -> bool:
         """A request's slots are about to be freed: those that were dropped as well."""

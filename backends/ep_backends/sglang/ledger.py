@@ -48,7 +48,7 @@ HOOKED = {
     "reserve": AttachPoint(
         "sglang.srt.mem_cache.allocator.swa:SWATokenToKVPoolAllocator.create_prefill_budget",
         ("tree_cache", "num_mixed_decode_tokens"),
-        "running requests go on to take slots of the kept pool: no window bounds them",
+        "a budget for a pool without windows: running answers take more of it, prompts may be cut",
         "official for allocators of one's own; SGLang chooses the class by the model",
         "a pool without a window reserves what running requests will need",
     ),
