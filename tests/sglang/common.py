@@ -116,7 +116,9 @@ def _count_retracted(result: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _count_released(tree: Any, req: Any) -> None:
-    plan = getattr(req.multimodal_inputs, "entropyprune", None)
+    from ep_backends.sglang.requests import plan_of
+
+    plan = plan_of(req)
     if plan is not None:
         COUNTS["released with a part"] += plan.carried is not None
         COUNTS["released with dropped slots"] += bool(plan.released)
@@ -270,9 +272,7 @@ def ask(
 ) -> list[dict[str, Any]]:
     """Submit messages together; SGLang's own answers, log-probabilities and kept sets included."""
     asked = questions(session, contents, sampling)
-    return wait(
-        session, session.engine.async_generate(**asked, return_logprob=True, **arguments)
-    )
+    return wait(session, session.engine.async_generate(**asked, return_logprob=True, **arguments))
 
 
 async def each(
