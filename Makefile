@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 SGLANG := .venv-sglang
+LMDEPLOY := .venv-lmdeploy
 
-.PHONY: demo test lint conformance setup-sglang test-sglang clean
+.PHONY: demo test lint conformance setup-sglang test-sglang setup-lmdeploy test-lmdeploy clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -23,6 +24,7 @@ test: lint
 	$(BIN)/pytest
 	$(MAKE) conformance
 	$(MAKE) test-sglang
+	$(MAKE) test-lmdeploy
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -45,5 +47,16 @@ test-sglang: setup-sglang
 	$(SGLANG)/bin/pytest tests/sglang
 	$(SGLANG)/bin/python -m ep_conformance --backend sglang
 
+# the real LMDeploy engine, on the CPU; no backend of ours yet
+setup-lmdeploy: $(LMDEPLOY)/.installed
+
+$(LMDEPLOY)/.installed: pyproject.toml $(wildcard tests/lmdeploy/*.sh tests/lmdeploy/*.txt)
+	rm -rf $(LMDEPLOY)
+	PYTHON=$(PYTHON) tests/lmdeploy/setup.sh $(LMDEPLOY)
+	touch $@
+
+test-lmdeploy: setup-lmdeploy
+	$(LMDEPLOY)/bin/pytest tests/lmdeploy
+
 clean:
-	rm -rf $(VENV) $(SGLANG) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(SGLANG) $(LMDEPLOY) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
