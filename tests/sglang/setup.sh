@@ -10,9 +10,10 @@ pip=("$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$
 
 "${PYTHON:-python3}" -m venv "$venv"
 "${pip[@]}" torch numpy
-"${pip[@]}" --no-deps sglang torchvision triton xgrammar
+"${pip[@]}" --no-deps torchvision triton xgrammar
 "${pip[@]}" --requirement "$here/requirements.txt"
 "${pip[@]}" --editable "$root[cli,transformers,conformance]"
+"${pip[@]}" --no-deps sglang # last: pip would complain that its dependencies are missing
 
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 cp -r "$here/standin/sgl_kernel" "$site/"
