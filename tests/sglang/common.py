@@ -63,10 +63,16 @@ def install() -> None:
     )
     Scheduler.set_chunk_size = _set_chunk_size
     Scheduler.evict_from = _evict_from
+    Scheduler.abort_after_a_picture = _arm
     if os.environ.get("ENTROPYPRUNE"):
         HookRegistry.register("ep_backends.sglang.prefill._carry", _count_part, HookType.AFTER)
         HookRegistry.register(
             "ep_backends.sglang.kv.KeptRadixCache.claim_kv_row", _count_released, HookType.BEFORE
+        )
+        HookRegistry.register(
+            "sglang.srt.managers.scheduler.Scheduler.process_input_requests",
+            _abort_chunked,
+            HookType.BEFORE,
         )
 
 
@@ -127,6 +133,23 @@ def _count_released(tree: Any, req: Any) -> None:
 def _set_chunk_size(scheduler: Any, size: int) -> None:
     """Remote call: prefill in chunks of another size from now on."""
     scheduler.chunked_prefill_size = size
+
+
+def _arm(scheduler: Any) -> None:
+    """Remote call: abort the next prompt in chunks whose last chunk has dropped tokens."""
+    COUNTS["abort after a picture"] = 1
+
+
+def _abort_chunked(scheduler: Any, *args: Any) -> None:
+    """A client leaves while the chunk that completed a picture is still running."""
+    from sglang.srt.managers.io_struct import AbortReq
+
+    req = scheduler.chunked_req
+    plan = getattr(req, "entropyprune", None)
+    if COUNTS["abort after a picture"] and plan is not None and plan.released:
+        COUNTS["abort after a picture"] = 0
+        COUNTS["aborted after a picture"] += 1
+        scheduler.abort_request(AbortReq(rid=req.rid))
 
 
 def _evict_from(scheduler: Any, position: int) -> None:
