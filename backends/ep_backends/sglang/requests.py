@@ -30,6 +30,7 @@ LOGPROBS = "the request asks for logprobs of its prompt"
 HIDDEN_STATES = "the request asks for hidden states"
 SESSION = "the request belongs to a session"
 VIDEO = "video and audio prompts are not pruned yet"
+NOT_FOUND = "SGLang does not say where the pictures are in the prompt"
 ENDS_INSIDE = "the prompt ends inside a picture, and its last token must stay"
 KEEPS_ALL = "the budget keeps every token"
 DOES_NOT_FIT = "the server's budget does not fit the picture"
@@ -152,7 +153,9 @@ def plan_request(req: Any, inputs: Any, settings: Settings) -> RequestPlan:
     except UnsupportedError as error:
         reason = reason or str(error)
     prompt = len(req.origin_input_ids)
-    if reason is None and spans and spans[-1].stop >= prompt:
+    if reason is None and not spans:
+        reason = NOT_FOUND
+    elif reason is None and spans[-1].stop >= prompt:
         reason = ENDS_INSIDE
     if reason is None:
         assert policy is not None
