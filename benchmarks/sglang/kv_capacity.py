@@ -1,6 +1,7 @@
-"""How many requests SGLang runs at once in the same KV memory, pruned and unpruned.
+r"""How many requests SGLang runs at once in the same KV memory, pruned and unpruned.
 
-    python benchmarks/sglang/kv_capacity.py --json benchmarks/results/sglang_kv_capacity.json
+    python benchmarks/sglang/kv_capacity.py --tokens 2048 --requests 24 --answer 16 \
+        --json benchmarks/results/sglang_kv_capacity.json
 
 A tiny random Qwen2.5-VL of 28 layers gets requests with one picture each, all different, and long
 answers. Both engines get pools of the same bytes; what is counted is SGLang's own number of running
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shlex
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -53,7 +56,7 @@ def main() -> None:
             measure("pruned", model, pictures, policy, pruned_tokens, options),
         ]
     result = {
-        "command": "python benchmarks/sglang/kv_capacity.py",
+        "command": shlex.join(["python", *sys.argv]),
         "versions": dict(SGLangBackend().versions()),
         "policy": str(policy),
         "kv_slots_all_layers": slots,
