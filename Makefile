@@ -3,9 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-SGLANG := .venv-sglang
-LMDEPLOY := .venv-lmdeploy
-
 .PHONY: demo test lint conformance setup-sglang test-sglang setup-lmdeploy test-lmdeploy clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -35,28 +32,20 @@ lint: $(VENV)/.installed
 conformance: $(VENV)/.installed
 	$(BIN)/python -m ep_conformance --backend transformers
 
-# the real SGLang engine, on the CPU
-setup-sglang: $(SGLANG)/.installed
+# real engines on the CPU, each in an environment of its own: their requirements conflict
+setup-sglang setup-lmdeploy: setup-%: .venv-%/.installed
 
-$(SGLANG)/.installed: pyproject.toml $(wildcard tests/sglang/*.sh tests/sglang/*.txt)
-	rm -rf $(SGLANG)
-	PYTHON=$(PYTHON) tests/sglang/setup.sh $(SGLANG)
+.venv-%/.installed: pyproject.toml tests/environment.sh tests/%/prepare.sh tests/%/requirements.txt tests/%/constraints.txt
+	rm -rf .venv-$*
+	PYTHON=$(PYTHON) tests/environment.sh $* .venv-$*
 	touch $@
 
 test-sglang: setup-sglang
-	$(SGLANG)/bin/pytest tests/sglang
-	$(SGLANG)/bin/python -m ep_conformance --backend sglang
+	.venv-sglang/bin/pytest tests/sglang
+	.venv-sglang/bin/python -m ep_conformance --backend sglang
 
-# the real LMDeploy engine, on the CPU; no backend of ours yet
-setup-lmdeploy: $(LMDEPLOY)/.installed
-
-$(LMDEPLOY)/.installed: pyproject.toml $(wildcard tests/lmdeploy/*.sh tests/lmdeploy/*.txt)
-	rm -rf $(LMDEPLOY)
-	PYTHON=$(PYTHON) tests/lmdeploy/setup.sh $(LMDEPLOY)
-	touch $@
-
-test-lmdeploy: setup-lmdeploy
-	$(LMDEPLOY)/bin/pytest tests/lmdeploy
+test-lmdeploy: setup-lmdeploy # no backend of ours yet
+	.venv-lmdeploy/bin/pytest tests/lmdeploy
 
 clean:
-	rm -rf $(VENV) $(SGLANG) $(LMDEPLOY) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-sglang .venv-lmdeploy .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -13,12 +13,25 @@ from typing import Protocol, Self
 
 import torch
 
+from ep_core.errors import UnsupportedError
 from ep_core.patching import PointStatus
 from ep_core.policy import PruningPolicy
 from ep_core.report import SpanRecord
 from ep_core.spans import VisualSpan
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_placement(device: str, dtype: str | None) -> None:
+    """Refuse a device that is not there and a data type that no backend has.
+
+    Raises:
+        UnsupportedError: with what is allowed.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UnsupportedError(f"device {device!r} is not available here; use cpu")
+    if dtype is not None and dtype not in DTYPES:
+        raise UnsupportedError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True)

@@ -185,8 +185,8 @@ def test_text_that_is_no_profile_is_one_line_of_error(text):
 
 @pytest.mark.parametrize("drop", [0.2, 0.0], ids=["collapse", "none"])
 def test_the_plot_is_a_png_with_something_on_it(tmp_path, drop):
-    image = pytest.importorskip("PIL.Image")
-    pytest.importorskip("matplotlib")
+    image = pytest.importorskip("PIL.Image", reason="pictures come with the extra cli")
+    pytest.importorskip("matplotlib", reason="plots come with the extra plot")
     values = profile(falling(drop=drop))
     found = find_collapse_layer(values)
     assert (found.layer is None) == (drop == 0)

@@ -8,7 +8,7 @@ import pytest
 from ep_core.adapter import PatchGrid
 from ep_core.report import SpanRecord
 
-pytest.importorskip("PIL")
+pytest.importorskip("PIL", reason="pictures come with the extra cli")
 from PIL import Image
 
 from ep_core.overlay import CAPTION, DIMMED, HEIGHT, draw_overlay

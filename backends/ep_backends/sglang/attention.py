@@ -36,7 +36,7 @@ class _RunnerView:
         return getattr(self._runner, name)
 
 
-class PrunedAttention(AttentionBackend):  # type: ignore[misc]
+class PrunedAttention(AttentionBackend):  # type: ignore[misc]  # sglang is untyped
     """The attention backend that SGLang sees.
 
     Attributes:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 
-from ep_core.backend import DTYPES, Answer, Capabilities, KVSlots, Request
+from ep_core.backend import Answer, Capabilities, KVSlots, Request, check_placement
 from ep_core.checkpoint import read_config
 from ep_core.errors import EntropyPruneError, UnsupportedError
 from ep_core.patching import PointStatus, check_point
@@ -81,7 +81,7 @@ class SGLangBackend:
 
         selector = registry().selector(method)
         return [
-            choose(selector, span, k, cut(queries, span), cut(hidden, span)).tolist()
+            choose(selector, k, queries=cut(queries, span), hidden=cut(hidden, span)).tolist()
             for span, k in zip(spans, keep, strict=True)
         ]
 
@@ -104,7 +104,7 @@ class SGLangBackend:
             model: folder of a checkpoint.
             policy: what to prune.
             device: "cpu" or "cuda".
-            dtype: one of `DTYPES`; None takes the checkpoint's.
+            dtype: one of `ep_core.backend.DTYPES`; None takes the checkpoint's.
             arguments: more arguments of `sglang.Engine`.
         """
         return SGLangSession(model, policy, device, dtype, arguments)
@@ -126,15 +126,12 @@ class SGLangSession:
         architecture = (config.get("architectures") or [""])[0]
         if reason := BROKEN.get(architecture):
             raise UnsupportedError(reason)
-        if dtype is not None and dtype not in DTYPES:
-            raise UnsupportedError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        check_placement(device, dtype)
         if architecture in HALF_ONLY and dtype not in (None, "float16"):
             raise UnsupportedError(f"SGLang runs {architecture} in float16 only; leave dtype out")
         if device == "cpu":
             for name, value in CPU_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
-        elif not torch.cuda.is_available():
-            raise UnsupportedError(f"device {device!r} is not available here; use cpu")
         from ep_backends.transformers.processor import load_processor
 
         self._processor = load_processor(Path(arguments.get("tokenizer_path") or model))

@@ -43,7 +43,7 @@ def free_kept_slots(
         original(allocator, held, start_pos=start_pos)
 
 
-class KeptBudget(SWAPrefillBudget):  # type: ignore[misc]
+class KeptBudget(SWAPrefillBudget):  # type: ignore[misc]  # sglang is untyped
     """What one prefill pass may take of the kept pool.
 
     The base class is made for windows: there decoding takes nothing more of the pool, and every
@@ -94,7 +94,7 @@ def reserve_kept(
     return KeptBudget(allocator, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
 
 
-class KeptComponent(SWAComponent):  # type: ignore[misc]
+class KeptComponent(SWAComponent):  # type: ignore[misc]  # sglang is untyped
     """The kept pool's side of the prefix tree: a node holds fewer slots than tokens.
 
     A node's value has one entry for each token, 0 where the token was dropped, so splitting is the
@@ -153,7 +153,7 @@ class KeptComponent(SWAComponent):  # type: ignore[misc]
         return self.tree_core.eviction_strategy.get_priority(node)
 
 
-class KeptRadixCache(UnifiedRadixCache):  # type: ignore[misc]
+class KeptRadixCache(UnifiedRadixCache):  # type: ignore[misc]  # sglang is untyped
     """The unified radix cache with a `KeptComponent` for the layers from K on."""
 
     def __init__(self, params: Any) -> None:

@@ -203,7 +203,7 @@ USED = (
 POINTS = (*USED, *HOOKED.values())
 
 # argument -> (values that are fine, why others are not)
-_FINE: dict[str, tuple[tuple[object, ...], str]] = {
+FINE: dict[str, tuple[tuple[object, ...], str]] = {
     "pp_size": ((1,), "the layers from K on must be on the same device as layer K"),
     "attn_dp_size": ((1,), "idle ranks of attention data parallelism were never tested"),
     "dcp_size": ((1,), "slots would be spread over ranks"),
@@ -216,7 +216,7 @@ _FINE: dict[str, tuple[tuple[object, ...], str]] = {
     "kv_canary": (("none",), "it expects a slot in each pool for every token"),
     "model_impl": (("auto", "sglang"), "the hooks fit SGLang's own models"),
 }
-_OFF: dict[str, str] = {
+OFF: dict[str, str] = {
     "speculative_algorithm": "draft models would see another context than the target",
     "enable_two_batch_overlap": "a batch is split after the tokens to drop were planned",
     "enable_single_batch_overlap": "it was never tested with pruning",
@@ -263,11 +263,11 @@ def check_arguments(arguments: Any) -> None:
     Raises:
         UnsupportedError: the flag, the reason and what to do.
     """
-    for name, (fine, reason) in _FINE.items():
+    for name, (fine, reason) in FINE.items():
         value = getattr(arguments, name)
         if value not in fine:
             raise _refusal(f"{_flag(name)} {value}", reason)
-    for name, reason in _OFF.items():
+    for name, reason in OFF.items():
         if getattr(arguments, name):
             raise _refusal(_flag(name), reason)
     graphs = arguments.cuda_graph_config

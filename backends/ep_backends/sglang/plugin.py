@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import pkgutil
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import msgspec
 
@@ -36,6 +37,15 @@ class StartRefused(UnsupportedError, SystemExit):
 
     def __str__(self) -> str:
         return str(self.code)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turn an error of ours into one that stops a server with one line."""
+    try:
+        yield
+    except EntropyPruneError as error:
+        raise StartRefused(str(error)) from None
 
 
 def register() -> None:
@@ -126,15 +136,14 @@ def read_policy(server_args: Any, previous: Callable[[Any], None]) -> None:
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     arguments = resolving_view(server_args)
-    policy = _policy(arguments.json_model_override_args)
+    with _refusing():
+        policy = _policy(arguments.json_model_override_args)
     if policy is not None:
         from ep_backends.sglang.kv import RADIX_CACHE
         from ep_backends.sglang.ledger import ATTENTION
 
-        try:
+        with _refusing():
             install()
-        except UnsupportedError as error:
-            _refuse(error)
         from sglang.srt.plugins.hook_registry import HookRegistry
 
         HookRegistry.apply_hooks()
@@ -155,10 +164,8 @@ def size_pools(server_args: Any, previous: Callable[[Any], None]) -> None:
         from sglang.srt.arg_groups.model_override_base import model_config_of
         from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
-        try:
+        with _refusing():
             settings = settings_of(model_config_of(server_args))
-        except EntropyPruneError as error:
-            _refuse(error)
         if resolving_view(server_args).swa_full_tokens_ratio is None:
             ratio = kept_ratio(settings.policy, settings.shape.layers)
             declare_resolution(server_args, _KEY, swa_full_tokens_ratio=ratio)
@@ -173,10 +180,8 @@ def refuse_arguments(server_args: Any, previous: Callable[[Any], None]) -> None:
 
         from ep_backends.sglang.ledger import check_arguments
 
-        try:
+        with _refusing():
             check_arguments(resolving_view(server_args))
-        except UnsupportedError as error:
-            _refuse(error)
 
 
 _STEPS = {
@@ -207,28 +212,25 @@ def kept_ratio(policy: PruningPolicy, layers: int) -> float:
 
 def _policy(override: str) -> PruningPolicy | None:
     """The policy in the environment or in `--json-model-override-args`; then in both."""
+    policy = PruningPolicy.from_environment()
     try:
-        policy = PruningPolicy.from_environment()
-        value = json.loads(override or "{}").get(_KEY)
-        if value is None:
-            return policy
-        asked = PruningPolicy.parse(value) if isinstance(value, str) else None
-        asked = asked or PruningPolicy.from_json(value)
-        if policy is not None and policy != asked:
-            raise PolicyError(
-                f"{ENV} says {policy}, --json-model-override-args says {asked}; set one of them"
-            )
-    except EntropyPruneError as error:
-        _refuse(error)
+        override_args = json.loads(override or "{}")
+    except ValueError:  # SGLang itself says what is wrong with it
+        return policy
+    value = override_args.get(_KEY) if isinstance(override_args, dict) else None
+    if value is None:
+        return policy
+    read = PruningPolicy.parse if isinstance(value, str) else PruningPolicy.from_json
+    asked = read(value)
+    if policy is not None and policy != asked:
+        raise PolicyError(
+            f"{ENV} says {policy}, --json-model-override-args says {asked}; set one of them"
+        )
     if policy is None:
         global _handed_over
         # the space tells it from the same policy set by the user later on
         os.environ[ENV] = _handed_over = f" {asked}"
     return asked
-
-
-def _refuse(error: Exception) -> NoReturn:
-    raise StartRefused(str(error)) from None
 
 
 # Hooks, in the processes that run the model.
@@ -263,10 +265,8 @@ def derive_pools(original: Callable[..., None], config: Any) -> None:
     original(config)
     if not os.environ.get(ENV) or config.is_draft_model:
         return
-    try:
+    with _refusing():
         settings = settings_of(config)
-    except EntropyPruneError as error:
-        _refuse(error)
     config.is_hybrid_swa = True
     config.sliding_window_size = None
     config.full_attention_layer_ids = list(range(settings.layer))

@@ -20,8 +20,8 @@ from torch import nn
 from ep_backends.sglang.attention import PrunedAttention
 from ep_backends.sglang.requests import Carried, RequestPlan, Settings, plan_of
 from ep_core.errors import UnsupportedError
-from ep_core.selectors import Selector
-from ep_core.spans import VisualSpan, select
+from ep_core.selectors import Selector, SpanInputs
+from ep_core.spans import VisualSpan
 
 
 @dataclass
@@ -252,33 +252,39 @@ class Prefill:
             if queries is not None:
                 assert picture.carried.queries is not None
                 queries = torch.cat([picture.carried.queries, queries])
-        if self._group.world_size > 1 and queries is not None:
-            queries = self._group.all_gather(queries.contiguous(), dim=1)
-        kept = choose(self._settings.selector, picture.span, picture.keep, queries, hidden)
-        if self._group.world_size > 1:
-            # equal inputs on equal devices give equal answers; nothing may depend on that
-            self._group.broadcast(kept)
-        return kept
+        return choose(
+            self._settings.selector,
+            picture.keep,
+            queries=queries,
+            hidden=hidden,
+            group=self._group if self._group.world_size > 1 else None,
+        )
 
 
 def choose(
     selector: Selector,
-    span: VisualSpan,
     keep: int,
+    *,
     queries: torch.Tensor | None,
     hidden: torch.Tensor | None,
+    group: Any = None,
 ) -> torch.Tensor:
     """Kept tokens of a picture, `[keep]` ascending, given its N tokens alone.
 
     Args:
         selector: a registered selector.
-        span: the picture; only its length counts.
         keep: tokens that stay.
-        queries: `[N, H, D]`, where the selector needs them.
+        queries: `[N, H, D]` of this rank's heads, where the selector needs them.
         hidden: `[N, d]`, where the selector needs them.
+        group: tensor-parallel ranks that decide together, or None for one alone.
     """
-    alone = VisualSpan(0, len(span))
-    return select(selector, [alone], [keep], queries=queries, hidden=hidden)[0]
+    if group is not None and queries is not None:
+        queries = group.all_gather(queries.contiguous(), dim=1)
+    kept = selector(SpanInputs(queries=queries, hidden=hidden), keep)
+    if group is not None:
+        # equal inputs on equal devices give equal answers; nothing may depend on that
+        group.broadcast(kept)
+    return kept
 
 
 def decoder_layers(model: nn.Module) -> Any:

@@ -13,7 +13,7 @@ import transformers
 from ep_backends.transformers.ledger import POINTS
 from ep_backends.transformers.processor import load_processor
 from ep_backends.transformers.pruner import Row, choose, enable
-from ep_core.backend import DTYPES, Answer, Capabilities, KVSlots, Request
+from ep_core.backend import Answer, Capabilities, KVSlots, Request, check_placement
 from ep_core.checkpoint import read_config
 from ep_core.entropy import layer_entropy
 from ep_core.errors import EntropyPruneError, UnsupportedError
@@ -88,10 +88,7 @@ class TransformersSession:
         self, model: Path, policy: PruningPolicy | None, device: str, dtype: str | None
     ) -> None:
         registry().adapter(read_config(model)["model_type"])
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise UnsupportedError(f"device {device!r} is not available here; use cpu")
-        if dtype is not None and dtype not in DTYPES:
-            raise UnsupportedError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        check_placement(device, dtype)
         try:
             self.model = transformers.AutoModelForImageTextToText.from_pretrained(
                 model, dtype="auto" if dtype is None else getattr(torch, dtype)

@@ -14,7 +14,7 @@ part runs here as installed. Three things below it are replaced:
 Beside LMDeploy, torchvision is told two operators' names: its wheels are CUDA builds, whose own
 operators do not load with a CPU build of torch.
 
-`tests/lmdeploy/setup.sh` puts a line into the environment that calls `replace_on_import` whenever
+`tests/lmdeploy/prepare.sh` puts a line into the environment that calls `replace_on_import` whenever
 Python starts. So the engine's worker processes and LMDeploy's own command line are covered too,
 and torch stays as it is in a process that never imports lmdeploy. Never covered: quantised models
 and KV caches, MoE, LoRA, sliding windows; asking for one raises an error.

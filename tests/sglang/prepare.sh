@@ -1,20 +1,8 @@
 #!/usr/bin/env bash
-# The real SGLang engine on a machine without a GPU, for checks: tests/sglang/setup.sh VENV
-# Its wheels are CUDA builds, so they go in without their dependencies, and what SGLang imports in
-# CPU mode is named here. With a GPU, install SGLang as its own documentation says instead.
+# What SGLang needs on a CPU beside its packages: tests/sglang/prepare.sh VENV
 set -euo pipefail
 venv=$1
 here=$(cd "$(dirname "$0")" && pwd)
-root=$(cd "$here/../.." && pwd)
-pip=("$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$here/constraints.txt")
-
-"${PYTHON:-python3}" -m venv "$venv"
-"${pip[@]}" torch numpy
-"${pip[@]}" --no-deps torchvision triton xgrammar
-"${pip[@]}" --requirement "$here/requirements.txt"
-"${pip[@]}" --editable "$root[cli,transformers,conformance]"
-"${pip[@]}" --no-deps sglang # last: pip would complain that its dependencies are missing
-
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 cp -r "$here/standin/sgl_kernel" "$site/"
 # torchvision's C++ operators do not load beside a CPU build of torch. All its fake operators but
