@@ -43,10 +43,16 @@ ENGINES = {
         {"disable_radix_cache": True, "disable_overlap_schedule": True},
     ),
     "set-entropy": ("set-entropy", {}),
-    # 207 slots in the kept pool
+    # 207 slots in the kept pool; how often it runs full depends on when requests arrive, so SGLang
+    # also retracts on its own at every 20th batch
     "small": (
         "released",
-        {"max_total_tokens": 600, "swa_full_tokens_ratio": 0.3455, "max_running_requests": 8},
+        {
+            "max_total_tokens": 600,
+            "swa_full_tokens_ratio": 0.3455,
+            "max_running_requests": 8,
+            "environment": {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"},
+        },
     ),
     "off": (None, {}),
     "without the plugin": (None, {"environment": {"SGLANG_PLUGINS": PROBE}}),
