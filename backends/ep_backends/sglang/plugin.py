@@ -15,13 +15,14 @@ from typing import Any
 
 import msgspec
 
+from ep_backends.budgets import KEY, Settings
+from ep_backends.metrics import Metrics
 from ep_core.errors import EntropyPruneError, PolicyError, UnsupportedError
 from ep_core.patching import check_point
 from ep_core.plugins import registry
 from ep_core.policy import ENV, PruningPolicy
 
 _handed_over: str | None = None  # what this process put into ENTROPYPRUNE for its workers
-_KEY = "entropyprune"
 # Text-only traffic may lose this share of its token capacity, so that pictures gain the rest.
 TEXT_CAPACITY_LOSS = 0.1
 
@@ -154,7 +155,7 @@ def read_policy(server_args: Any, previous: Callable[[Any], None]) -> None:
         if not any(getattr(arguments, name) for name in backends):
             on_cpu = arguments.device == "cpu"
             fields["attention_backend"] = ATTENTION[1] if on_cpu else ATTENTION[0]
-        declare_resolution(server_args, _KEY, **fields)
+        declare_resolution(server_args, KEY, **fields)
     previous(server_args)
 
 
@@ -168,7 +169,7 @@ def size_pools(server_args: Any, previous: Callable[[Any], None]) -> None:
             settings = settings_of(model_config_of(server_args))
         if resolving_view(server_args).swa_full_tokens_ratio is None:
             ratio = kept_ratio(settings.policy, settings.shape.layers)
-            declare_resolution(server_args, _KEY, swa_full_tokens_ratio=ratio)
+            declare_resolution(server_args, KEY, swa_full_tokens_ratio=ratio)
     previous(server_args)
 
 
@@ -217,7 +218,7 @@ def _policy(override: str) -> PruningPolicy | None:
         override_args = json.loads(override or "{}")
     except ValueError:  # SGLang itself says what is wrong with it
         return policy
-    value = override_args.get(_KEY) if isinstance(override_args, dict) else None
+    value = override_args.get(KEY) if isinstance(override_args, dict) else None
     if value is None:
         return policy
     read = PruningPolicy.parse if isinstance(value, str) else PruningPolicy.from_json
@@ -243,20 +244,18 @@ def settings_of(config: Any) -> Any:
         EntropyPruneError: the model, the method or the budget does not work here.
     """
     from ep_backends.sglang.ledger import check_model
-    from ep_backends.sglang.requests import Settings, check_budget
+    from ep_backends.sglang.requests import check_budget
 
-    if isinstance(settings := getattr(config, _KEY, None), Settings):
+    if isinstance(settings := getattr(config, KEY, None), Settings):
         return settings
     policy = PruningPolicy.from_environment()
     assert policy is not None
     facts = config.hf_config.to_dict() | {"text_config": config.hf_text_config.to_dict()}
     adapter = registry().adapter(facts["model_type"])
     check_model(config, adapter, facts)
-    shape = adapter.decoder_shape(facts)
-    policy = policy.at_layer(adapter.default_layer, shape.layers)
     check_budget(policy)
-    settings = Settings(policy, adapter, shape, registry().selector(policy.method))
-    setattr(config, _KEY, settings)
+    settings = Settings.of(policy, adapter, facts)
+    setattr(config, KEY, settings)
     return settings
 
 
@@ -310,32 +309,42 @@ def admit(
         try:
             _plan(scheduler, req)
         except EntropyPruneError as error:
-            setattr(req, _KEY, None)
+            setattr(req, KEY, None)
             req.set_finish_with_abort(str(error))
     original(scheduler, req, is_retracted)
 
 
 def _plan(scheduler: Any, req: Any) -> None:
-    from ep_backends.sglang.metrics import metrics_of
     from ep_backends.sglang.requests import fit, plan_of, plan_request
 
     inputs, plan = req.multimodal_inputs, plan_of(req)
     planned = plan is None and inputs is not None
     if planned:
         plan = plan_request(req, inputs, settings_of(scheduler.model_config))
-        setattr(req, _KEY, plan)
-        setattr(inputs, _KEY, plan)
+        setattr(req, KEY, plan)
+        setattr(inputs, KEY, plan)
         if plan.namespace:
-            req.extra_key = f"{req.extra_key or ''}|{_KEY}:{plan.namespace}"
+            req.extra_key = f"{req.extra_key or ''}|{KEY}:{plan.namespace}"
         # a list, because that is what SGLang's request-level values are
-        req.customized_info = (req.customized_info or {}) | {_KEY: [plan.info]}
+        req.customized_info = (req.customized_info or {}) | {KEY: [plan.info]}
     chunked = scheduler.chunked_prefill_size is not None and scheduler.chunked_prefill_size > 0
     fit(req, plan, slots=scheduler.token_to_kv_pool_allocator.size_swa, chunked=chunked)
-    metrics = metrics_of(scheduler)
+    metrics = _metrics_of(scheduler)
     if planned and plan is not None and metrics is not None:
-        metrics.count(plan)
+        metrics.count(plan.info["visual_tokens"], plan.info["kept"], plan.reason)
+
+
+def _metrics_of(scheduler: Any) -> Metrics | None:
+    """The scheduler's counters, or None where SGLang keeps none; made when first asked for."""
+    if not scheduler.metrics_collector_context.current_scheduler_metrics_enabled:
+        return None
+    found: Metrics | None = getattr(scheduler, "_entropyprune_metrics", None)
+    if found is None:  # SGLang has told prometheus_client where to by now
+        found = Metrics(scheduler.metrics_collector.labels)
+        scheduler._entropyprune_metrics = found
+    return found
 
 
 def report_once(original: Callable[..., bool], streamer: Any, key: str) -> bool:
     """Around the streamer's question whether a key has one value for a request."""
-    return key == _KEY or original(streamer, key)
+    return key == KEY or original(streamer, key)

@@ -17,10 +17,11 @@ import torch
 from sglang.srt.layers.layer_boundary.residual import batch as residual
 from torch import nn
 
+from ep_backends.budgets import Settings
+from ep_backends.selection import choose
 from ep_backends.sglang.attention import PrunedAttention
-from ep_backends.sglang.requests import Carried, RequestPlan, Settings, plan_of
+from ep_backends.sglang.requests import Carried, RequestPlan, plan_of
 from ep_core.errors import UnsupportedError
-from ep_core.selectors import Selector, SpanInputs
 from ep_core.spans import VisualSpan
 
 
@@ -257,34 +258,8 @@ class Prefill:
             picture.keep,
             queries=queries,
             hidden=hidden,
-            group=self._group if self._group.world_size > 1 else None,
+            ranks=self._group if self._group.world_size > 1 else None,
         )
-
-
-def choose(
-    selector: Selector,
-    keep: int,
-    *,
-    queries: torch.Tensor | None,
-    hidden: torch.Tensor | None,
-    group: Any = None,
-) -> torch.Tensor:
-    """Kept tokens of a picture, `[keep]` ascending, given its N tokens alone.
-
-    Args:
-        selector: a registered selector.
-        keep: tokens that stay.
-        queries: `[N, H, D]` of this rank's heads, where the selector needs them.
-        hidden: `[N, d]`, where the selector needs them.
-        group: tensor-parallel ranks that decide together, or None for one alone.
-    """
-    if group is not None and queries is not None:
-        queries = group.all_gather(queries.contiguous(), dim=1)
-    kept = selector(SpanInputs(queries=queries, hidden=hidden), keep)
-    if group is not None:
-        # equal inputs on equal devices give equal answers; nothing may depend on that
-        group.broadcast(kept)
-    return kept
 
 
 def decoder_layers(model: nn.Module) -> Any:

@@ -6,58 +6,25 @@ request, on its `MultimodalInputs`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ep_core.adapter import ModelAdapter
-from ep_core.budget import BUDGETS, DecoderShape, FlopsReduction
-from ep_core.errors import BudgetError, PolicyError, UnsupportedError
+from ep_backends.budgets import ENDS_INSIDE, KEY, LOGPROBS, OFF, Settings, keep_of, policy_of
+from ep_core.budget import FlopsReduction
+from ep_core.errors import UnsupportedError
 from ep_core.policy import PruningPolicy
-from ep_core.selectors import Selector
-from ep_core.spans import VisualSpan, plan
-
-BUDGET_KEYS = [key for key, budget in BUDGETS.items() if budget is not FlopsReduction]
-KEY = "entropyprune"  # in custom_params, meta_info, and the name of the attribute
-EXAMPLE = '{"entropyprune": {"keep": 64}}, {"entropyprune": "off"}'
+from ep_core.spans import VisualSpan
 
 SLACK = 2  # SGLang's admission keeps a slot of the pool free, and asks for one more than it needs
 
-OFF = "switched off by the request"
-LOGPROBS = "the request asks for logprobs of its prompt"
 HIDDEN_STATES = "the request asks for hidden states"
 SESSION = "the request belongs to a session"
 VIDEO = "video and audio prompts are not pruned yet"
 NOT_FOUND = "SGLang does not say where the pictures are in the prompt"
-ENDS_INSIDE = "the prompt ends inside a picture, and its last token must stay"
-KEEPS_ALL = "the budget keeps every token"
-DOES_NOT_FIT = "the server's budget does not fit the picture"
 BEAM = "beam search was never tested with pruning"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What pruning needs to know of the server.
-
-    Attributes:
-        policy: the server's policy, its layer settled.
-        adapter: of the model's family.
-        shape: sizes of the language model.
-        selector: the policy's method.
-    """
-
-    policy: PruningPolicy
-    adapter: ModelAdapter
-    shape: DecoderShape
-    selector: Selector
-
-    @property
-    def layer(self) -> int:
-        """The first layer that sees the kept tokens only."""
-        assert isinstance(self.policy.layer, int)
-        return self.policy.layer
 
 
 @dataclass
@@ -145,7 +112,7 @@ def plan_request(req: Any, inputs: Any, settings: Settings) -> RequestPlan:
         BudgetError: it does not fit a picture, and what would.
     """
     asked = (getattr(req.sampling_params, "custom_params", None) or {}).get(KEY)
-    policy, detailed = _policy_of(asked, settings.policy)
+    policy, detailed = policy_of(asked, settings.policy)
     spans: list[VisualSpan] = []
     reason = _unpruned_reason(req, policy)
     try:
@@ -157,51 +124,21 @@ def plan_request(req: Any, inputs: Any, settings: Settings) -> RequestPlan:
         reason = NOT_FOUND
     elif reason is None and spans[-1].stop >= prompt:
         reason = ENDS_INSIDE
-    if reason is None:
-        assert policy is not None
-        keep, fits = _keep(policy, spans, settings, prompt)
-    else:
-        keep, fits = [len(span) for span in spans], True
     namespace = ""
     if reason is not None:
         namespace = "off"
     elif policy != settings.policy:
         assert policy is not None
         namespace = policy.digest
-    dropped = sum(map(len, spans)) - sum(keep)
-    if reason is None and not dropped:
-        reason = KEEPS_ALL if fits else DOES_NOT_FIT
+    keep = [len(span) for span in spans]
+    if reason is None:
+        assert policy is not None
+        keep, reason = keep_of(policy, spans, settings, prompt)
     seen = sum(map(len, spans))
-    info: dict[str, Any] = {"visual_tokens": seen, "kept": seen - dropped}
+    info: dict[str, Any] = {"visual_tokens": seen, "kept": sum(keep)}
     if reason is not None:
         info["reason"] = reason
     return RequestPlan(spans, keep, reason, namespace, detailed, info)
-
-
-def _keep(
-    policy: PruningPolicy, spans: Sequence[VisualSpan], settings: Settings, prompt: int
-) -> tuple[list[int], bool]:
-    """Tokens kept of each picture, and whether the budget fits all of them.
-
-    A picture that the server's budget does not fit, as keep=128 does not fit one of 64 tokens,
-    stays whole: who asks about it did not choose the budget.
-
-    Raises:
-        BudgetError: a budget that the request itself chose does not fit.
-    """
-    keep: list[int] = []
-    fits = True
-    for span in spans:
-        try:
-            keep += plan(
-                policy, [span], layer=settings.layer, shape=settings.shape, prompt_tokens=prompt
-            )
-        except BudgetError:
-            if policy != settings.policy:
-                raise
-            keep.append(len(span))
-            fits = False
-    return keep, fits
 
 
 def fit(req: Any, plan: RequestPlan | None, *, slots: int, chunked: bool) -> None:
@@ -265,29 +202,6 @@ def check_budget(policy: PruningPolicy) -> None:
             "flops budgets depend on the length of the question, so requests with the same picture "
             "could not share its prefix; use keep or average, as in keep=128"
         )
-
-
-def _policy_of(asked: Any, server: PruningPolicy) -> tuple[PruningPolicy | None, bool]:
-    """The request's policy, None for none, and whether it wants the details."""
-    if asked is None:
-        return server, False
-    if asked in ("off", False):
-        return None, False
-    if not isinstance(asked, Mapping):
-        raise PolicyError(f"entropyprune={asked!r} cannot be read; examples are {EXAMPLE}")
-    fields = dict(asked)
-    detailed = fields.pop("details", False)
-    if not isinstance(detailed, bool):
-        raise PolicyError(f"details={detailed!r} is not allowed; use true or false")
-    if not fields:
-        return server, detailed
-    if unknown := [key for key in fields if key not in BUDGET_KEYS]:
-        raise PolicyError(
-            f"a request cannot set {unknown[0]!r}, only {', '.join(BUDGET_KEYS)} and details; "
-            f"examples are {EXAMPLE}"
-        )
-    kept = {key: value for key, value in server.to_json().items() if key not in BUDGETS}
-    return PruningPolicy.from_json(kept | fields), detailed
 
 
 def _unpruned_reason(req: Any, policy: PruningPolicy | None) -> str | None:
