@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import torch
 
+from ep_core.budget import Budget
 from ep_core.errors import UnsupportedError
 from ep_core.patching import PointStatus
 from ep_core.policy import PruningPolicy
@@ -41,10 +42,33 @@ class Request:
     Attributes:
         content: text (`str`) and picture files (`Path`), in the order of the message.
         max_new_tokens: generation stops here or at the end-of-sequence token.
+        budget: what this request keeps instead of the policy's budget, or "off" for everything;
+            needs the capability `request_budget`.
+        leave_after: the client leaves once it has that many tokens, at least 1, and the engine
+            gives the request up; needs the capability `abort`.
     """
 
     content: tuple[str | Path, ...]
     max_new_tokens: int = 32
+    budget: Budget | Literal["off"] | None = None
+    leave_after: int | None = None
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How an engine serves, in terms that engines share; None is the engine's own choice.
+
+    Attributes:
+        prefill_chunk: most prompt tokens in one prefill pass; needs `chunked_prefill`.
+        kv_tokens: tokens that the KV cache has room for in each layer < K. Requests are admitted
+            without room for their answers, so that running ones have to be preempted; needs
+            `preemption`.
+        prefix_cache: may a prompt use the KV of another that starts alike? Needs `prefix_cache`.
+    """
+
+    prefill_chunk: int | None = None
+    kv_tokens: int | None = None
+    prefix_cache: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +91,8 @@ class Answer:
     """What an engine returns for one request.
 
     Attributes:
-        output_ids: generated tokens, the end-of-sequence token included when it was produced.
+        output_ids: generated tokens, the end-of-sequence token included when it was produced; of
+            a client that left, those that it had got.
         text: the answer, special tokens left out.
         prompt_tokens: length of the expanded prompt.
         spans: every picture and what was kept of it.
@@ -75,6 +100,10 @@ class Answer:
         reason: why nothing was pruned, or None.
         logits: `[steps, vocab]` float32 on the CPU that each token was taken from, or None
             where the engine cannot give them.
+        logprobs: log-probability of each generated token, or None where the engine cannot give it.
+        cached_tokens: tokens of the prompt whose KV was there before.
+        chunks: prefill passes that the prompt took, or None where the engine cannot tell.
+        preempted: how often the engine took the request back, to run it again later.
     """
 
     output_ids: tuple[int, ...]
@@ -84,30 +113,65 @@ class Answer:
     kv: KVSlots | None
     reason: str | None
     logits: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    logprobs: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
+    cached_tokens: int = 0
+    chunks: int | None = None
+    preempted: int = 0
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do; tests name a capability, never an implementation."""
+    """What a backend can do; tests name a capability, never an implementation.
+
+    Attributes:
+        batch: several requests at once.
+        multi_image: several pictures in one prompt.
+        kv_savings: dropped tokens hold no KV slots from layer K on, and `Answer.kv` shows it.
+        layer_entropies: `Session.layer_entropies`.
+        request_budget: a request may set its own budget, or "off".
+        abort: a client may leave, and `Session.held_slots` shows what that leaves behind.
+        chunked_prefill: a prompt may be prefilled in several passes; `Answer.chunks` counts them.
+        prefix_cache: prompts that start alike may share KV; `Answer.cached_tokens` shows it.
+        preemption: a running request may be taken back; `Answer.preempted` counts it.
+        cpu, cuda: where it runs.
+    """
 
     batch: bool = False
     multi_image: bool = False
     kv_savings: bool = False
     layer_entropies: bool = False
+    request_budget: bool = False
+    abort: bool = False
+    chunked_prefill: bool = False
+    prefix_cache: bool = False
+    preemption: bool = False
     cpu: bool = False
     cuda: bool = False
 
 
 class Session(Protocol):
-    """A loaded model in an engine."""
+    """A loaded model in an engine.
+
+    What a backend has no capability for, its methods refuse with `UnsupportedError`.
+    """
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer the requests together, greedily, in their order."""
+        """Answer the requests together, greedily; answers come in the order of the requests.
+
+        Raises:
+            EntropyPruneError: the engine refused one of them, and why.
+        """
 
     def layer_entropies(self, request: Request) -> list[list[float]]:
         """Unpruned, the matrix entropy of each picture's tokens entering each layer.
 
         Needs the capability `layer_entropies`. One list of `layers` numbers for each picture.
+        """
+
+    def held_slots(self) -> int:
+        """KV slots per layer, of layers < K or >= K, that are neither free nor only cached.
+
+        Needs the capability `abort`. 0 once every request is answered or gone.
         """
 
     def __enter__(self) -> Self: ...
@@ -165,6 +229,7 @@ class Backend(Protocol):
         *,
         device: str = "cpu",
         dtype: str | None = None,
+        serving: Serving | None = None,
     ) -> Session:
         """Load a checkpoint; `policy=None` leaves the engine untouched.
 
@@ -173,6 +238,7 @@ class Backend(Protocol):
             policy: what to prune.
             device: "cpu" or "cuda".
             dtype: one of `DTYPES`; None takes the checkpoint's.
+            serving: how to serve; None is the engine's own choice in everything.
 
         Raises:
             EntropyPruneError: the model, policy or option is not supported, and why.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points, version
@@ -13,7 +15,8 @@ from typing import Any, NoReturn, Self
 
 import torch
 
-from ep_core.backend import Answer, Capabilities, KVSlots, Request, check_placement
+from ep_backends.selection import select
+from ep_core.backend import Answer, Capabilities, KVSlots, Request, Serving, check_placement
 from ep_core.checkpoint import read_config
 from ep_core.errors import EntropyPruneError, UnsupportedError
 from ep_core.patching import PointStatus, check_point
@@ -51,7 +54,18 @@ HALF_ONLY = ("LlavaLlamaForCausalLM",)  # SGLang 0.5.23 loads its vision tower i
 class SGLangBackend:
     """SGLang's offline engine, in processes of its own."""
 
-    capabilities = Capabilities(batch=True, multi_image=True, kv_savings=True, cpu=True, cuda=True)
+    capabilities = Capabilities(
+        batch=True,
+        multi_image=True,
+        kv_savings=True,
+        request_budget=True,
+        abort=True,
+        chunked_prefill=True,
+        prefix_cache=True,
+        preemption=True,
+        cpu=True,
+        cuda=True,
+    )
 
     def versions(self) -> Mapping[str, str]:
         """Versions of what the results depend on."""
@@ -74,16 +88,7 @@ class SGLangBackend:
         device: str = "cpu",
     ) -> list[list[int]]:
         """Select as the hooks do: each picture's tokens apart, one after the other."""
-        from ep_backends.sglang.prefill import choose
-
-        def cut(tensor: torch.Tensor | None, span: VisualSpan) -> torch.Tensor | None:
-            return None if tensor is None else tensor[span.start : span.stop].to(device)
-
-        selector = registry().selector(method)
-        return [
-            choose(selector, k, queries=cut(queries, span), hidden=cut(hidden, span)).tolist()
-            for span, k in zip(spans, keep, strict=True)
-        ]
+        return select(method, spans, keep, queries=queries, hidden=hidden, device=device)
 
     def server_command(self, arguments: Sequence[str]) -> list[str]:
         """SGLang's own launcher."""
@@ -96,6 +101,7 @@ class SGLangBackend:
         *,
         device: str = "cpu",
         dtype: str | None = None,
+        serving: Serving | None = None,
         **arguments: Any,
     ) -> SGLangSession:
         """Start an engine.
@@ -105,9 +111,11 @@ class SGLangBackend:
             policy: what to prune.
             device: "cpu" or "cuda".
             dtype: one of `ep_core.backend.DTYPES`; None takes the checkpoint's.
+            serving: how to serve.
             arguments: more arguments of `sglang.Engine`.
         """
-        return SGLangSession(model, policy, device, dtype, arguments)
+        served = _arguments(serving or Serving())
+        return SGLangSession(model, policy, device, dtype, served | arguments)
 
 
 class SGLangSession:
@@ -159,19 +167,62 @@ class SGLangSession:
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer the requests; SGLang batches them as it sees fit."""
-        outputs = self.engine.generate(
-            prompt=[self.prompt(request.content) for request in requests],
-            image_data=[_pictures(request) for request in requests],
-            sampling_params=[
-                {
-                    "temperature": 0,
-                    "max_new_tokens": request.max_new_tokens,
-                    "custom_params": {"entropyprune": {"details": True}} if self._pruned else None,
-                }
-                for request in requests
-            ],
+        outputs: list[Any] = self.engine.loop.run_until_complete(self._ask_all(requests))
+        for output in outputs:
+            if isinstance(output, BaseException):
+                raise EntropyPruneError(str(output)) from None
+        return [self._answer(*pair) for pair in zip(requests, outputs, strict=True)]
+
+    def held_slots(self) -> int:
+        """SGLang's own count, of the pool that has more of them."""
+
+        async def count() -> int:
+            manager = self.engine.tokenizer_manager
+            for _ in range(2):  # it publishes its load between the two
+                await manager.get_internal_state()
+            return int((await manager.get_loads())[0].num_used_tokens)
+
+        return int(self.engine.loop.run_until_complete(count()))
+
+    async def _ask_all(self, requests: Sequence[Request]) -> list[dict[str, Any] | BaseException]:
+        # who is refused leaves nobody running whose answer is not awaited
+        return await asyncio.gather(*map(self._ask, requests), return_exceptions=True)
+
+    async def _ask(self, request: Request) -> dict[str, Any]:
+        """SGLang's last output for one request; of a client that left, the last that it got."""
+        name = uuid.uuid4().hex
+        stream = await self.engine.async_generate(
+            rid=name,
+            prompt=self.prompt(request.content),
+            image_data=[read_picture(p) for p in request.content if isinstance(p, Path)] or None,
+            sampling_params={
+                "temperature": 0,
+                "max_new_tokens": request.max_new_tokens,
+                "custom_params": self._wish(request),
+            },
+            return_logprob=True,
+            stream=True,
         )
-        return [self._answer(output) for output in outputs]
+        enough = sys.maxsize if request.leave_after is None else request.leave_after
+        got: dict[str, Any] = {"output_ids": []}
+        async for output in stream:
+            if len(got["output_ids"]) < enough:
+                got = output
+            if len(got["output_ids"]) >= enough:
+                self.engine.tokenizer_manager.abort_request(rid=name)
+        return got
+
+    def _wish(self, request: Request) -> dict[str, Any] | None:
+        """What a request asks of pruning, as SGLang's `custom_params`."""
+        budget = request.budget
+        if not self._pruned:
+            if budget not in (None, "off"):
+                raise UnsupportedError("a request has a budget only where the server has a policy")
+            return None
+        if budget == "off":
+            return {"entropyprune": "off"}
+        own = {} if budget is None else {budget.key: budget.value}
+        return {"entropyprune": own | {"details": True}}
 
     def layer_entropies(self, request: Request) -> NoReturn:
         """Not offered: hidden states of every layer do not leave the engine."""
@@ -188,10 +239,10 @@ class SGLangSession:
             self._processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         )
 
-    def _answer(self, output: Mapping[str, Any]) -> Answer:
+    def _answer(self, request: Request, output: Mapping[str, Any]) -> Answer:
         meta = output["meta_info"]
         finish = meta["finish_reason"] or {}
-        if finish.get("type") == "abort":
+        if finish.get("type") == "abort" and request.leave_after is None:
             raise EntropyPruneError(str(finish.get("message", "the engine gave up the request")))
         (info,) = meta.get("entropyprune") or [None]
         reason = None
@@ -213,7 +264,23 @@ class SGLangSession:
             ),
             kv=None if kv is None else KVSlots(kv["below"], kv["from"]),
             reason=reason,
+            logprobs=tuple(value for value, *_ in meta["output_token_logprobs"]),
+            cached_tokens=meta["cached_tokens"],
+            chunks=info.get("chunks"),
+            preempted=meta["num_retractions"],
         )
+
+
+def _arguments(serving: Serving) -> dict[str, Any]:
+    """What SGLang calls it."""
+    found: dict[str, Any] = {}
+    if serving.prefill_chunk is not None:
+        found["chunked_prefill_size"] = serving.prefill_chunk
+    if serving.kv_tokens is not None:
+        found |= {"max_total_tokens": serving.kv_tokens, "schedule_conservativeness": 0.0}
+    if serving.prefix_cache is not None:
+        found["disable_radix_cache"] = not serving.prefix_cache
+    return found
 
 
 def _check_entry_point() -> PointStatus:
@@ -229,11 +296,6 @@ def _check_entry_point() -> PointStatus:
             target, "FAILED", f"{PLUGINS_ENV} keeps it out; set {PLUGINS_ENV}={wanted}"
         )
     return PointStatus(target, "ok", "SGLang loads the plugin in each of its processes")
-
-
-def _pictures(request: Request) -> list[Any]:
-    # SGLang takes [None] for a prompt without pictures among others that have some
-    return [read_picture(part) for part in request.content if isinstance(part, Path)] or [None]
 
 
 @contextmanager

@@ -226,7 +226,10 @@ class KeptRadixCache(UnifiedRadixCache):  # type: ignore[misc]  # sglang is unty
     def _describe(self, req: Any, plan: RequestPlan, up_to: int) -> None:
         """Once the prompt is in, say which tokens were kept, if the request asks for that."""
         prompt = len(req.origin_input_ids)
-        if not plan.detailed or "spans" in plan.info or up_to < prompt:
+        if not plan.detailed or "spans" in plan.info:
+            return
+        plan.info["chunks"] = plan.info.get("chunks", 0) + 1
+        if up_to < prompt:
             return
         row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :prompt].long()
         kept = self.token_to_kv_pool_allocator.full_to_swa_index_mapping[row] > 0

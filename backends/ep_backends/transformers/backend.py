@@ -13,7 +13,7 @@ import transformers
 from ep_backends.transformers.ledger import POINTS
 from ep_backends.transformers.processor import load_processor
 from ep_backends.transformers.pruner import Row, choose, enable
-from ep_core.backend import Answer, Capabilities, KVSlots, Request, check_placement
+from ep_core.backend import Answer, Capabilities, KVSlots, Request, Serving, check_placement
 from ep_core.checkpoint import read_config
 from ep_core.entropy import layer_entropy
 from ep_core.errors import EntropyPruneError, UnsupportedError
@@ -76,8 +76,11 @@ class TransformersBackend:
         *,
         device: str = "cpu",
         dtype: str | None = None,
+        serving: Serving | None = None,
     ) -> TransformersSession:
         """Load a checkpoint with `AutoModelForImageTextToText`."""
+        if serving not in (None, Serving()):
+            raise UnsupportedError("transformers runs each batch whole; leave serving out")
         return TransformersSession(model, policy, device, dtype)
 
 
@@ -111,6 +114,11 @@ class TransformersSession:
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer the requests as one batch, padded on the left."""
+        if any(request.budget or request.leave_after for request in requests):
+            raise UnsupportedError(
+                "transformers runs a batch under one policy and to its end; leave budget and "
+                "leave_after out"
+            )
         inputs = self._encode(requests)
         with torch.inference_mode():
             output = self.model.generate(
@@ -154,6 +162,10 @@ class TransformersSession:
             [layer_entropy(state[0, span.start : span.stop]) for state in states[:-1]]
             for span in self._spans(inputs["input_ids"][0].tolist())
         ]
+
+    def held_slots(self) -> NoReturn:
+        """Not offered: a cache lives as long as its `generate`."""
+        raise UnsupportedError("transformers has no KV pool to count slots of")
 
     def _encode(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
         chats = [[{"role": "user", "content": _parts(request)}] for request in requests]
