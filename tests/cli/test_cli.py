@@ -265,7 +265,7 @@ def test_bad_input_is_one_line_and_exit_2(entropyprune, arguments, words, tmp_pa
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ('{"model_type": "gpt2"}', ["'gpt2'", "llava, qwen2_5_vl"]),
+        ('{"model_type": "gpt2"}', ["'gpt2'", "internvl, llava, qwen2_5_vl, qwen2_vl"]),
         ("{}", ["model_type"]),
         ("{", ["no valid JSON"]),
         (None, ["no config.json"]),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ep_adapters import llava, qwen2_5_vl
+from ep_adapters import internvl, llava, qwen2_5_vl
 from ep_adapters.decoder import decoder_shape, query_norm, text_config
 from ep_core.budget import DecoderShape
 from ep_core.errors import UnsupportedError
@@ -169,6 +169,122 @@ def test_qwen_any_grid_has_a_cell_for_each_token(tokens, width, height):
     assert grid.rows * grid.columns == tokens
 
 
+# config.json of Qwen/Qwen2-VL-2B-Instruct, without settings that no adapter reads
+PUBLISHED_QWEN2_VL = """{
+  "architectures": ["Qwen2VLForConditionalGeneration"],
+  "hidden_size": 1536,
+  "image_token_id": 151655,
+  "intermediate_size": 8960,
+  "model_type": "qwen2_vl",
+  "num_attention_heads": 12,
+  "num_hidden_layers": 28,
+  "num_key_value_heads": 2,
+  "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+  "rope_theta": 1000000.0,
+  "video_token_id": 151656,
+  "vision_config": {"hidden_size": 1536, "in_chans": 3, "model_type": "qwen2_vl"},
+  "vision_end_token_id": 151653,
+  "vision_start_token_id": 151652,
+  "vocab_size": 151936
+}"""
+
+
+def nested(config):
+    """The same config.json in the layout of newer saves."""
+    outside = ("model_type", "image_token_id", "video_token_id", "vision_config")
+    text = {key: value for key, value in config.items() if key not in outside}
+    return {key: config[key] for key in outside} | {
+        "text_config": text | {"model_type": "qwen2_vl_text"}
+    }
+
+
+@pytest.mark.parametrize("layout", [dict, nested])
+def test_the_published_qwen2_vl_checkpoint_in_either_layout(layout):
+    config = layout(json.loads(PUBLISHED_QWEN2_VL))
+    adapter = registry().adapter("qwen2_vl")
+    assert adapter.decoder_shape(config) == DecoderShape(
+        layers=28, hidden_size=1536, intermediate_size=8960, heads=12, kv_heads=2, head_dim=128
+    )
+    assert adapter.query_norm(config) is False
+    picture = [151652, *[151655] * 4, 151653]
+    spans = [VisualSpan(2, 6), VisualSpan(8, 12)]
+    assert adapter.find_spans(config, [TEXT, *picture, *picture, TEXT]) == spans
+    with pytest.raises(UnsupportedError, match="video"):
+        adapter.find_spans(config, [*picture, 151652, 151656, 151653])
+
+
+# config.json of OpenGVLab/InternVL3-1B-hf, without settings that no adapter reads
+PUBLISHED_INTERNVL = """{
+  "architectures": ["InternVLForConditionalGeneration"],
+  "downsample_ratio": 0.5,
+  "image_seq_length": 256,
+  "image_token_id": 151667,
+  "model_type": "internvl",
+  "text_config": {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2
+  },
+  "vision_config": {"image_size": [448, 448], "patch_size": [14, 14]}
+}"""
+INTERNVL = json.loads(PUBLISHED_INTERNVL) | {"image_seq_length": 4, "image_token_id": IMAGE}
+OPEN, CLOSE = 3, 4
+
+
+def internvl_picture(tiles):
+    """What the processor writes for a picture; several tiles bring a thumbnail."""
+    return [OPEN, *[IMAGE] * (4 * (tiles + (tiles > 1))), CLOSE]
+
+
+def test_internvl_a_picture_with_all_its_tiles_is_one_span():
+    ids = [TEXT, *internvl_picture(1), *internvl_picture(4), TEXT, *internvl_picture(2)]
+    assert internvl.find_spans(INTERNVL, ids) == [
+        VisualSpan(2, 6),
+        VisualSpan(8, 28),
+        VisualSpan(31, 43),
+    ]
+    assert internvl.find_spans(INTERNVL, [TEXT, OPEN, CLOSE]) == []
+
+
+@pytest.mark.parametrize("run", [1, 3, 5, 8, 13])
+def test_internvl_a_run_that_is_no_picture_is_refused(run):
+    """Eight tokens are two tiles, and so two pictures that touch."""
+    with pytest.raises(UnsupportedError, match=f"a run of {run} image tokens is no picture"):
+        internvl.find_spans(INTERNVL, [*internvl_picture(1), TEXT, *[IMAGE] * run, TEXT])
+
+
+def test_internvl_the_tokens_of_a_tile_must_be_known():
+    config = {key: INTERNVL[key] for key in INTERNVL if key != "image_seq_length"}
+    with pytest.raises(UnsupportedError, match="image_seq_length"):
+        internvl.find_spans(config, internvl_picture(1))
+
+
+@pytest.mark.parametrize("size", [(448, 448), (1000, 600), (101, 900)])
+def test_internvl_the_grid_of_one_tile_covers_the_whole_picture(size):
+    grid = internvl.patch_grid(json.loads(PUBLISHED_INTERNVL), 256, size)
+    assert (grid.rows, grid.columns, grid.box) == (16, 16, (0, 0, *size))
+
+
+def test_internvl_several_tiles_have_no_grid():
+    config = json.loads(PUBLISHED_INTERNVL)
+    with pytest.raises(UnsupportedError, match=r"768 tokens form no grid: .* thumbnail"):
+        internvl.patch_grid(config, 768, (896, 448))
+
+
+@pytest.mark.parametrize(("decoder", "norm"), [("qwen2", False), ("qwen3", True), ("llama", False)])
+def test_internvl_facts_of_the_decoder_come_from_the_decoder(decoder, norm):
+    config = json.loads(PUBLISHED_INTERNVL)
+    config["text_config"] |= {"model_type": decoder}
+    adapter = registry().adapter("internvl")
+    assert adapter.query_norm(config) is norm
+    assert adapter.decoder_shape(config) == DecoderShape(
+        layers=24, hidden_size=896, intermediate_size=4864, heads=14, kv_heads=2, head_dim=64
+    )
+
+
 @pytest.mark.parametrize("layout", ["nested", "flat"])
 @pytest.mark.parametrize(
     ("given_", "kv_heads", "head_dim"),
@@ -255,8 +371,8 @@ def test_query_norm_is_a_fact_of_the_decoder(model_type, norm):
 ADAPTERS = sorted(registry().adapters.items())
 
 
-def test_both_families_are_registered():
-    assert {"llava", "qwen2_5_vl"} <= {name for name, _ in ADAPTERS}
+def test_all_families_are_registered():
+    assert {"internvl", "llava", "qwen2_5_vl", "qwen2_vl"} <= {name for name, _ in ADAPTERS}
     assert "adapters" in {entry.name for entry in entry_points(group="entropyprune")}
 
 
@@ -277,4 +393,13 @@ def test_every_adapter_cuts_positions_along(name, adapter):
 
 @pytest.mark.parametrize(("name", "layer"), [("llava", 2), ("qwen2_5_vl", 1)])
 def test_default_layers_are_those_of_the_released_code(name, layer):
-    assert registry().adapter(name).default_layer == layer
+    adapter = registry().adapter(name)
+    assert adapter.default_layer == layer
+    assert "constant" in adapter.default_layer_source
+
+
+@pytest.mark.parametrize("name", ["internvl", "qwen2_vl"])
+def test_a_default_layer_from_another_family_says_so(name):
+    adapter = registry().adapter(name)
+    assert adapter.default_layer == registry().adapter("llava").default_layer
+    assert adapter.default_layer_source.startswith("that of LLaVA-1.5")

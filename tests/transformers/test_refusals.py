@@ -140,7 +140,7 @@ def test_a_model_without_an_adapter_is_refused():
         num_hidden_layers=2,
         num_attention_heads=2,
     )
-    with pytest.raises(UnsupportedError, match=r"'llama'.*llava, qwen2_5_vl"):
+    with pytest.raises(UnsupportedError, match=r"'llama'.*internvl, llava, qwen2_5_vl, qwen2_vl"):
         enable(LlamaForCausalLM(config), POLICY)
 
 

@@ -20,9 +20,6 @@ from ep_core.errors import UnsupportedError
 from ep_core.patching import AttachPoint, missing_parameters
 from ep_core.policy import PruningPolicy
 
-_LAYER_WHY = "layers >= K get shorter inputs, passed by these names"
-_LAYER_UPSTREAM = "forward hooks are official; the names of a layer's inputs are convention"
-_LAYER_REMOVE = "transformers offers token dropping inside the decoder"
 _LAYER_INPUTS = (
     "hidden_states",
     "attention_mask",
@@ -30,21 +27,23 @@ _LAYER_INPUTS = (
     "past_key_values",
     "position_embeddings",
 )
+_DECODER_LAYERS = (
+    "transformers.models.llama.modeling_llama:LlamaDecoderLayer",
+    "transformers.models.qwen2.modeling_qwen2:Qwen2DecoderLayer",
+    "transformers.models.qwen2_vl.modeling_qwen2_vl:Qwen2VLDecoderLayer",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VLDecoderLayer",
+)
 
 POINTS = (
-    AttachPoint(
-        "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VLDecoderLayer.forward",
-        _LAYER_INPUTS,
-        _LAYER_WHY,
-        _LAYER_UPSTREAM,
-        _LAYER_REMOVE,
-    ),
-    AttachPoint(
-        "transformers.models.llama.modeling_llama:LlamaDecoderLayer.forward",
-        _LAYER_INPUTS,
-        _LAYER_WHY,
-        _LAYER_UPSTREAM,
-        _LAYER_REMOVE,
+    *(
+        AttachPoint(
+            f"{layer}.forward",
+            _LAYER_INPUTS,
+            "layers >= K get shorter inputs, passed by these names",
+            "forward hooks are official; the names of a layer's inputs are convention",
+            "transformers offers token dropping inside the decoder",
+        )
+        for layer in _DECODER_LAYERS
     ),
     AttachPoint(
         "transformers.masking_utils:create_causal_mask",
@@ -111,12 +110,18 @@ def check_decoder(decoder: Any, adapter: ModelAdapter, *, query_norm: bool) -> N
         )
     names = ("hidden_states", "attention_mask", "past_key_values", *adapter.cut_along)
     missing = missing_parameters(first.forward, names)
+    attention = getattr(first, "self_attn", None)
     source = "q_norm" if query_norm else "q_proj"
-    if not hasattr(getattr(first, "self_attn", None), source):
+    if not hasattr(attention, source):
         missing.append(f"self_attn.{source}")
     if missing:
         raise UnsupportedError(
             f"{type(first).__name__} has no {', '.join(missing)}, which pruning relies on"
+        )
+    if hasattr(attention, "q_norm") and not query_norm:
+        raise UnsupportedError(
+            f"{type(first).__name__} normalises its queries, which the adapter of "
+            f"{adapter.family} does not know of; supported are decoders like Llama, Qwen2 and Qwen3"
         )
 
 

@@ -1,0 +1,15 @@
+"""Qwen2-VL: another vision tower than Qwen2.5-VL's, and nothing else that an adapter speaks of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ep_adapters import qwen2_5_vl
+
+ADAPTER = replace(
+    qwen2_5_vl.ADAPTER,
+    model_type="qwen2_vl",
+    family="Qwen2-VL",
+    default_layer=2,
+    default_layer_source="that of LLaVA-1.5: the code of arXiv 2602.17196 has none for this family",
+)
