@@ -24,14 +24,27 @@ from tokenizers import Tokenizer
 from ep_conformance.vision import (
     ACTIVATIONS,
     attention,
+    encode_internvl,
     encode_llava,
-    encode_qwen2_5_vl,
+    encode_qwen,
     linear,
     load_weights,
     rms_norm,
     rotate,
 )
 
+ENCODERS = {
+    "internvl": encode_internvl,
+    "llava": encode_llava,
+    "qwen2_5_vl": encode_qwen,
+    "qwen2_vl": encode_qwen,
+}
+SUPPORTED = {  # model_type, and that of the language model
+    ("internvl", "qwen2"),
+    ("llava", "llama"),
+    ("qwen2_5_vl", "qwen2_5_vl_text"),
+    ("qwen2_vl", "qwen2_vl_text"),
+}
 METHODS = ("released", "rows", "trace", "set-entropy")  # all but the last score each token
 
 Cache = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: keys, values [S, G, D]
@@ -114,7 +127,7 @@ def keep_set(hidden: np.ndarray, keep: int) -> list[int]:
 
 
 class Oracle:
-    """A checkpoint folder in Hugging Face layout, of ``model_type`` qwen2_5_vl or llava (Llama).
+    """A checkpoint folder in Hugging Face layout, of a model in ``SUPPORTED``.
 
     Runs on the CPU in ``dtype``; norms, softmax and rotation angles in float32 or better. Raises
     ValueError for a checkpoint it would compute wrongly.
@@ -122,8 +135,8 @@ class Oracle:
 
     def __init__(self, model_dir: Path, dtype: torch.dtype = torch.float32) -> None:
         self.config = _read_json(model_dir / "config.json")
-        self.text = self.config["text_config"]
-        _check_supported(self.config)
+        self.text = _text_config(self.config)
+        _check_supported(self.config, self.text)
         self.weights = load_weights(model_dir, dtype)
         if self.config["tie_word_embeddings"]:
             self.weights["lm_head.weight"] = self.weights["text.embed_tokens.weight"]
@@ -131,6 +144,14 @@ class Oracle:
         self.tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
         settings = _read_json(model_dir / "tokenizer_config.json")
         self.bos = settings.get("bos_token")
+        key = "image_token_id" if "image_token_id" in self.config else "image_token_index"
+        self.placeholder: int = self.config[key]
+        self.marked = [self.placeholder]
+        if self.config["model_type"] == "internvl":  # its processor adds what stands around
+            names = settings["extra_special_tokens"]
+            around = names["start_image_token"] + names["end_image_token"]
+            start, end = self.tokenizer.encode(around, add_special_tokens=False).ids
+            self.marked = [start, self.placeholder, end]
         template = model_dir / "chat_template.jinja"
         # The options are those every chat template is written for.
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -207,15 +228,15 @@ class Oracle:
         has_bos = self.bos is not None and text.startswith(self.bos)
         short = self.tokenizer.encode(text, add_special_tokens=not has_bos).ids
 
-        is_qwen = self.config["model_type"] == "qwen2_5_vl"
-        placeholder = self.config["image_token_id" if is_qwen else "image_token_index"]
-        encode = encode_qwen2_5_vl if is_qwen else encode_llava
+        encode = ENCODERS[self.config["model_type"]]
         pictures = [part for part in content if isinstance(part, Path)]
-        if short.count(placeholder) != len(pictures):
+        if short.count(self.placeholder) != len(pictures):
             raise ValueError(
-                f"the prompt has {short.count(placeholder)} image placeholders for "
+                f"the prompt has {short.count(self.placeholder)} image placeholders for "
                 f"{len(pictures)} pictures: {text!r}"
             )
+        marked = {self.placeholder: self.marked}
+        short = [part for token in short for part in marked.get(token, [token])]
         waiting = iter(pictures)
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
@@ -225,7 +246,7 @@ class Oracle:
         for token in short:
             row = self.weights["text.embed_tokens.weight"][[token]]  # [1, hidden]
             offsets = torch.zeros(3, 1, dtype=torch.long)
-            if token == placeholder:
+            if token == self.placeholder:
                 row, offsets = encode(next(waiting), self.config, self.processor, self.weights)
                 spans.append((len(ids), len(ids) + len(row)))
             ids += [token] * len(row)
@@ -317,20 +338,33 @@ def _check_policy(
             raise ValueError(f"cannot keep {count} of the {size} tokens of a picture")
 
 
-def _check_supported(config: dict[str, Any]) -> None:
-    text = config["text_config"]
-    if (config["model_type"], text["model_type"]) not in {
-        ("qwen2_5_vl", "qwen2_5_vl_text"),
-        ("llava", "llama"),
-    }:
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part; published Qwen2-VL files have it at the top level."""
+    if "text_config" in config:
+        nested: dict[str, Any] = config["text_config"]
+        return nested
+    scaling = config["rope_scaling"]
+    kind = "default" if scaling["type"] == "mrope" else scaling["type"]
+    rope = scaling | {"rope_type": kind, "rope_theta": config["rope_theta"]}
+    return config | {"model_type": "qwen2_vl_text", "rope_parameters": rope}
+
+
+def _check_supported(config: dict[str, Any], text: dict[str, Any]) -> None:
+    if (config["model_type"], text["model_type"]) not in SUPPORTED:
+        known = ", ".join(f"{model} with {language}" for model, language in sorted(SUPPORTED))
         raise ValueError(
-            f"the oracle knows qwen2_5_vl and llava with llama, not {config['model_type']} "
-            f"with {text['model_type']}"
+            f"the oracle knows {known}, not {config['model_type']} with {text['model_type']}"
         )
     if text["rope_parameters"]["rope_type"] != "default" or text.get("use_sliding_window"):
         raise ValueError("the oracle knows neither scaled RoPE nor sliding-window attention")
     if not isinstance(config.get("vision_feature_layer", 0), int):
         raise ValueError("the oracle knows a single vision_feature_layer only")
+    if config["model_type"] == "internvl":
+        vision = config["vision_config"]
+        if vision["use_qk_norm"] or vision["norm_type"] != "layer_norm":
+            raise ValueError("the oracle knows InternVL's smaller tower only, without RMS norms")
+        if config["vision_feature_layer"] != -1 or not vision["use_mean_pooling"]:
+            raise ValueError("the oracle knows InternVL's last layer only, without a final norm")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ep_conformance.checkpoints import make_picture, tiny_llava, tiny_qwen2_5_vl
+from ep_conformance.checkpoints import (
+    make_picture,
+    tiny_internvl,
+    tiny_llava,
+    tiny_qwen2_5_vl,
+    tiny_qwen2_vl,
+)
 from ep_core.backend import Backend
 from ep_core.plugins import registry
 from ep_core.policy import ENV
@@ -23,13 +29,17 @@ class Workshop:
         self._folder = folder
 
     def checkpoint(self, name: str) -> Path:
-        """A folder by name: `qwen-gqa` (6 heads on 2), `qwen-odd` (9 heads on 3) or `llava`."""
+        """A folder: `qwen-gqa`, `qwen-odd` (9 heads on 3), `qwen2-vl`, `internvl` or `llava`."""
         path = self._folder / name
         if not path.exists():
             if name == "qwen-gqa":
                 tiny_qwen2_5_vl(path, seed=1, heads=6, kv_heads=2, head_dim=16)
             elif name == "qwen-odd":
                 tiny_qwen2_5_vl(path, seed=2, heads=9, kv_heads=3, head_dim=32)
+            elif name == "qwen2-vl":
+                tiny_qwen2_vl(path, seed=4)
+            elif name == "internvl":
+                tiny_internvl(path, seed=5)
             elif name == "llava":
                 tiny_llava(path, seed=3)
             else:

@@ -27,6 +27,7 @@ NOISE_MARGIN = 4.0
 NOISE_CAP = 1e-3  # of the span's score range: more noise than this is a defect, not rounding
 OVERLAP_FLOOR = 0.95
 
+SIZES = {"llava": [(112, 112)], "internvl": [(224, 112), (112, 112), (224, 224)]}
 TEXTS = ("what number is written?", "how many circles?", "is there a red star?", "and where?")
 
 
@@ -67,6 +68,12 @@ CASES = [
     EngineCase("qwen-odd", 1, 0.25, "set-entropy", (2, 1)),
     EngineCase("qwen-odd", 2, 1, "trace", (1, 3)),
     EngineCase("qwen-odd", 3, 4, "released", (0,)),
+    EngineCase("qwen2-vl", 1, 0.3, "released", (2, 0, 1)),
+    EngineCase("qwen2-vl", 2, 3, "set-entropy", (1, 3)),
+    EngineCase("qwen2-vl", 3, 0.5, "rows", (2,)),
+    EngineCase("internvl", 1, 0.25, "set-entropy", (3, 0, 1)),
+    EngineCase("internvl", 2, 12, "released", (1, 2)),
+    EngineCase("internvl", 3, 0.5, "trace", (2,)),
     EngineCase("llava", 1, 16, "trace", (1, 2)),
     EngineCase("llava", 2, 0.22, "released", (3, 0, 1, 2)),
     EngineCase("llava", 3, 0.5, "set-entropy", (1,)),
@@ -120,11 +127,9 @@ def contents(
     """A message of that many pictures of different sizes, the last one after some text."""
     if checkpoint == "demo":
         files = [demo.PICTURES / f"sample_{(seed * 3 + i) % 12:02d}.png" for i in range(pictures)]
-    elif checkpoint == "llava":
-        files = [workshop.picture(10 * seed + i, 112, 112) for i in range(pictures)]
     else:
-        sizes = [(112, 84), (56, 140), (168, 112)]
-        files = [workshop.picture(10 * seed + i, *sizes[i % 3]) for i in range(pictures)]
+        sizes = SIZES.get(checkpoint, [(112, 84), (56, 140), (168, 112)])
+        files = [workshop.picture(10 * seed + i, *sizes[i % len(sizes)]) for i in range(pictures)]
     first = ("look: ",) if pictures > 1 else ()
     return (*files[:-1], *first, *files[-1:], TEXTS[seed % len(TEXTS)])
 

@@ -1,13 +1,15 @@
 """Picture preprocessing and vision towers of the oracle, in plain torch.
 
-Two towers: Qwen2.5-VL (rotary positions, windowed attention, merger) and CLIP with the LLaVA
-projector. Each turns one picture file into the rows that replace its placeholders, and says how
-their positions go on from the start of the picture. Pictures are done one at a time and attention
-is full with an explicit mask: slow, and easy to check by eye.
+Three towers: Qwen2-VL and Qwen2.5-VL (rotary positions, merger; the newer one attends in windows),
+CLIP with the LLaVA projector, and InternVL (tiles, pixel shuffle). Each turns one picture file into
+the rows that replace its placeholders, and says how their positions go on from the start of the
+picture. Pictures and tiles are done one at a time and attention is full with an explicit mask:
+slow, and easy to check by eye.
 
 What the language model shares (:func:`load_weights`, :func:`linear`, :func:`rms_norm`,
 :func:`rotate`, :func:`attention`) lives here too. Formulas: the published model definitions
-(Qwen2.5-VL technical report, CLIP, LLaVA-1.5) with the tensor names of their Hugging Face files.
+(Qwen2-VL and Qwen2.5-VL technical reports, CLIP, LLaVA-1.5, InternVL3) with the tensor names of
+their Hugging Face files.
 """
 
 from collections.abc import Callable
@@ -66,6 +68,11 @@ def rms_norm(weights: Weights, name: str, x: torch.Tensor, eps: float) -> torch.
     return weights[name + ".weight"] * wide.to(x.dtype)
 
 
+def layer_norm(weights: Weights, name: str, x: torch.Tensor, eps: float) -> torch.Tensor:
+    """Layer norm over the last axis with the weight and the bias called ``name``."""
+    return F.layer_norm(x, x.shape[-1:], weights[name + ".weight"], weights[name + ".bias"], eps)
+
+
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """Rotary embedding, pairing channel ``c`` with ``c + D/2``.
 
@@ -93,28 +100,35 @@ def attention(
     return torch.einsum("hts,shd->thd", logits.softmax(-1, dtype=wide).to(q.dtype), v).flatten(1)
 
 
-def read_picture(path: Path, processor: dict[str, Any]) -> torch.Tensor:
+def read_picture(
+    path: Path, processor: dict[str, Any], thumbnail: tuple[int, int] | None = None
+) -> torch.Tensor:
     """A picture file as [3, height, width] float32: rescaled, then normalised per channel.
 
-    ``processor`` is the image processor's JSON. No resizing and no cropping happen here: the
-    towers below refuse a picture that would need them.
+    ``processor`` is the image processor's JSON. Nothing but a ``thumbnail`` (width, height) is
+    resized, and nothing cropped: the towers below refuse a picture that would need it.
     """
-    with Image.open(path) as picture:
-        rgb = np.asarray(picture.convert("RGB"), dtype=np.float64)  # [height, width, 3]
+    with Image.open(path) as file:
+        picture = file.convert("RGB")
+    if thumbnail is not None:
+        picture = picture.resize(thumbnail, processor["resample"])
+    rgb = np.asarray(picture, dtype=np.float64)  # [height, width, 3]
     scaled = (rgb * processor["rescale_factor"]).astype(np.float32)
     mean = np.array(processor["image_mean"], dtype=np.float32)
     std = np.array(processor["image_std"], dtype=np.float32)
     return torch.from_numpy(((scaled - mean) / std).transpose(2, 0, 1).copy())
 
 
-def encode_qwen2_5_vl(
+def encode_qwen(
     path: Path, config: dict[str, Any], processor: dict[str, Any], weights: Weights
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The Qwen2.5-VL tower: features [N, text hidden] and position offsets [3, N].
+    """The Qwen2-VL or Qwen2.5-VL tower: features [N, text hidden] and position offsets [3, N].
 
     Raises ValueError if the image processor would resize the picture.
     """
     vision = config["vision_config"]
+    is_older = config["model_type"] == "qwen2_vl"
+    norm = layer_norm if is_older else rms_norm
     patch, merge = vision["patch_size"], vision["spatial_merge_size"]
     pixels = read_picture(path, processor)  # [3, height, width]
     _, height, width = pixels.shape
@@ -141,30 +155,37 @@ def encode_qwen2_5_vl(
     row = merge_order(torch.arange(rows)[:, None].expand(rows, cols))  # [P]
     col = merge_order(torch.arange(cols)[None, :].expand(rows, cols))
     heads = vision["num_heads"]
-    head_dim = vision["hidden_size"] // heads
-    theta = vision["rope_parameters"]["rope_theta"]
+    head_dim = x.shape[1] // heads
+    theta = vision.get("rope_parameters", {"rope_theta": 10000.0})["rope_theta"]
     # Half of the D/2 frequencies turn with the row, the other half with the column.
     freq = 1.0 / theta ** (torch.arange(0, head_dim // 2, 2, dtype=torch.float32) * 2 / head_dim)
     angles = torch.cat((row[:, None] * freq, col[:, None] * freq), dim=1)  # [P, D/2]
 
     everywhere = torch.ones(rows * cols, rows * cols, dtype=torch.bool)
-    side = vision["window_size"] // merge // patch * merge  # window side in patches
-    window = torch.stack((row // side, col // side), dim=1)  # [P, 2]
-    same_window = (window[:, None] == window[None, :]).all(-1)
-    act = ACTIVATIONS[vision["hidden_act"]]
+    allowed = [everywhere] * vision["depth"]
+    if not is_older:
+        side = vision["window_size"] // merge // patch * merge  # window side in patches
+        window = torch.stack((row // side, col // side), dim=1)  # [P, 2]
+        same_window = (window[:, None] == window[None, :]).all(-1)
+        full = vision["fullatt_block_indexes"]
+        allowed = [everywhere if i in full else same_window for i in range(vision["depth"])]
+    act = ACTIVATIONS[vision.get("hidden_act", "quick_gelu")]  # published Qwen2-VL leaves it out
     for i in range(vision["depth"]):
         name = f"vision.blocks.{i}."
-        h = rms_norm(weights, name + "norm1", x, 1e-6)
+        h = norm(weights, name + "norm1", x, 1e-6)
         q, k, v = linear(weights, name + "attn.qkv", h).view(-1, 3, heads, head_dim).unbind(1)
-        allowed = everywhere if i in vision["fullatt_block_indexes"] else same_window
-        mixed = attention(rotate(q, angles), rotate(k, angles), v, allowed)
+        mixed = attention(rotate(q, angles), rotate(k, angles), v, allowed[i])
         x = x + linear(weights, name + "attn.proj", mixed)
-        h = rms_norm(weights, name + "norm2", x, 1e-6)
-        gate = act(linear(weights, name + "mlp.gate_proj", h))
-        up = linear(weights, name + "mlp.up_proj", h)
-        x = x + linear(weights, name + "mlp.down_proj", gate * up)
+        h = norm(weights, name + "norm2", x, 1e-6)
+        if is_older:
+            h = act(linear(weights, name + "mlp.fc1", h))
+            x = x + linear(weights, name + "mlp.fc2", h)
+        else:
+            gate = act(linear(weights, name + "mlp.gate_proj", h))
+            up = linear(weights, name + "mlp.up_proj", h)
+            x = x + linear(weights, name + "mlp.down_proj", gate * up)
 
-    x = rms_norm(weights, "vision.merger.ln_q", x, 1e-6)
+    x = norm(weights, "vision.merger.ln_q", x, 1e-6)
     x = x.reshape(rows * cols // merge**2, -1)  # the patches of one token, side by side
     x = F.gelu(linear(weights, "vision.merger.mlp.0", x))
     # Time stands still inside a picture; rows and columns of tokens count from its start.
@@ -196,15 +217,13 @@ def encode_llava(
             f"so pictures for this checkpoint must be {side}x{side}"
         )
 
-    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = weights[name + ".weight"], weights[name + ".bias"]
-        return F.layer_norm(x, x.shape[-1:], weight, bias, vision["layer_norm_eps"])
-
+    eps = vision["layer_norm_eps"]
     embed = weights["vision.embeddings.patch_embedding.weight"]  # [hidden, 3, p, p]
     patches = F.conv2d(pixels[None].to(embed.dtype), embed, stride=vision["patch_size"])[0]
     first = weights["vision.embeddings.class_embedding"][None]
     x = torch.cat((first, patches.flatten(1).T))  # [1 + P, hidden]
-    x = norm("vision.pre_layrnorm", x + weights["vision.embeddings.position_embedding.weight"])
+    x = x + weights["vision.embeddings.position_embedding.weight"]
+    x = layer_norm(weights, "vision.pre_layrnorm", x, eps)
 
     heads = vision["num_attention_heads"]
     everywhere = torch.ones(len(x), len(x), dtype=torch.bool)
@@ -212,14 +231,14 @@ def encode_llava(
     states = [x]  # the input, then the output of every layer
     for i in range(vision["num_hidden_layers"]):
         name = f"vision.encoder.layers.{i}."
-        h = norm(name + "layer_norm1", x)
+        h = layer_norm(weights, name + "layer_norm1", x, eps)
         q, k, v = (
             linear(weights, f"{name}self_attn.{which}_proj", h).view(len(h), heads, -1)
             for which in "qkv"
         )
         x = x + linear(weights, name + "self_attn.out_proj", attention(q, k, v, everywhere))
-        h = act(linear(weights, name + "mlp.fc1", norm(name + "layer_norm2", x)))
-        x = x + linear(weights, name + "mlp.fc2", h)
+        h = layer_norm(weights, name + "layer_norm2", x, eps)
+        x = x + linear(weights, name + "mlp.fc2", act(linear(weights, name + "mlp.fc1", h)))
         states.append(x)
 
     x = states[config["vision_feature_layer"]]
@@ -227,3 +246,71 @@ def encode_llava(
         x = x[1:]
     x = ACTIVATIONS[config["projector_hidden_act"]](linear(weights, "projector.linear_1", x))
     return linear(weights, "projector.linear_2", x), torch.arange(len(x)).expand(3, -1)
+
+
+def encode_internvl(
+    path: Path, config: dict[str, Any], processor: dict[str, Any], weights: Weights
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """InternVL's tower and projector: features [N, text hidden] and position offsets [3, N].
+
+    The tiles of the picture row by row and, if there are several, a thumbnail of the whole of it.
+    Raises ValueError if the image processor would resize the picture before it cuts the tiles.
+    """
+    side = config["vision_config"]["image_size"][0]
+    pixels = read_picture(path, processor)  # [3, height, width]
+    _, height, width = pixels.shape
+    count = (height // side) * (width // side)
+    if height % side or width % side or count > processor["max_patches"]:
+        raise ValueError(
+            f"{path.name} is {width}x{height}: the oracle does not resize, so width and height "
+            f"must be multiples of {side} and make at most {processor['max_patches']} tiles"
+        )
+    tiles = [
+        pixels[:, top : top + side, left : left + side]
+        for top in range(0, height, side)
+        for left in range(0, width, side)
+    ]
+    if count > 1:
+        tiles.append(read_picture(path, processor, thumbnail=(side, side)))
+    x = torch.cat([_internvl_tile(tile, config, weights) for tile in tiles])
+    return x, torch.arange(len(x)).expand(3, -1)
+
+
+def _internvl_tile(pixels: torch.Tensor, config: dict[str, Any], weights: Weights) -> torch.Tensor:
+    """Features [N, text hidden] of one tile [3, side, side]."""
+    vision = config["vision_config"]
+    eps = vision["layer_norm_eps"]
+    embed = "vision.embeddings.patch_embeddings.projection."
+    x = F.conv2d(
+        pixels[None].to(weights[embed + "weight"].dtype),
+        weights[embed + "weight"],
+        weights[embed + "bias"],
+        stride=vision["patch_size"],
+    )[0]
+    side = x.shape[1]  # in patches
+    x = torch.cat((weights["vision.embeddings.cls_token"][0], x.flatten(1).T))  # [1 + P, hidden]
+    x = x + weights["vision.embeddings.position_embeddings"][0]
+
+    heads = vision["num_attention_heads"]
+    everywhere = torch.ones(len(x), len(x), dtype=torch.bool)
+    act = ACTIVATIONS[vision["hidden_act"]]
+    for i in range(vision["num_hidden_layers"]):
+        name = f"vision.encoder.layer.{i}."
+        h = layer_norm(weights, name + "layernorm_before", x, eps)
+        q, k, v = (
+            linear(weights, f"{name}attention.{which}_proj", h).view(len(h), heads, -1)
+            for which in "qkv"
+        )
+        h = linear(weights, name + "attention.projection_layer", attention(q, k, v, everywhere))
+        x = x + weights[name + "lambda_1"] * h
+        h = layer_norm(weights, name + "layernorm_after", x, eps)
+        h = linear(weights, name + "mlp.fc2", act(linear(weights, name + "mlp.fc1", h)))
+        x = x + weights[name + "lambda_2"] * h
+
+    # Pixel shuffle: 2 x 2 neighbours become one token, side by side.
+    merge = round(1 / config["downsample_ratio"])
+    grid = x[1:].view(side // merge, merge, side // merge, merge, -1)  # without the class token
+    x = grid.transpose(1, 2).reshape((side // merge) ** 2, -1)
+    x = layer_norm(weights, "projector.layer_norm", x, 1e-5)
+    x = ACTIVATIONS[config["projector_hidden_act"]](linear(weights, "projector.linear_1", x))
+    return linear(weights, "projector.linear_2", x)

@@ -12,9 +12,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from ep_conformance.checkpoints import make_picture, tiny_llava, tiny_qwen2_5_vl
+from ep_conformance.checkpoints import (
+    make_picture,
+    tiny_internvl,
+    tiny_llava,
+    tiny_qwen2_5_vl,
+    tiny_qwen2_vl,
+)
 from ep_conformance.oracle import METHODS, Oracle
 
 Writer = Callable[[Path], Path]
@@ -23,9 +30,16 @@ WRITERS: dict[str, Writer] = {
     "qwen": tiny_qwen2_5_vl,
     "qwen, 9 heads on 3": lambda p: tiny_qwen2_5_vl(p, seed=3, heads=9, kv_heads=3),
     "qwen, 5 heads of 32": lambda p: tiny_qwen2_5_vl(p, heads=5, kv_heads=1, head_dim=32, layers=3),
+    "qwen2-vl": tiny_qwen2_vl,
+    "qwen2-vl, 9 heads on 3": lambda p: tiny_qwen2_vl(p, seed=3, heads=9, kv_heads=3),
+    "internvl": tiny_internvl,
+    "internvl, 9 heads on 3": lambda p: tiny_internvl(p, seed=3, heads=9, kv_heads=3),
     "llava": tiny_llava,
     "llava, 6 heads on 3": lambda p: tiny_llava(p, seed=3, heads=6, kv_heads=3, strategy="full"),
 }
+
+
+FAMILIES = (tiny_qwen2_5_vl, tiny_qwen2_vl, tiny_internvl, tiny_llava)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,32 +85,41 @@ def test_transformers_loads_it(folder: Path, tmp_path: Path) -> None:
 def test_tokenizer(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    assert len(tokenizer) == config["text_config"]["vocab_size"], "an id without a token"
+    text_config = config.get("text_config", config)  # flat in Qwen2-VL
+    assert len(tokenizer) == text_config["vocab_size"], "an id without a token"
     text = "The other one: été, 12 & \n<b>!"
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids) == text
     assert len(ids) < len(text.encode()), "no pair was merged"
-    assert tokenizer.eos_token_id == config["text_config"]["eos_token_id"]
+    assert tokenizer.eos_token_id == text_config["eos_token_id"]
     if config["model_type"] == "llava":
         assert tokenizer.convert_ids_to_tokens(config["image_token_index"]) == "<image>"
         assert tokenizer.encode("a")[0] == tokenizer.bos_token_id
     else:
-        assert tokenizer.convert_ids_to_tokens(config["image_token_id"]) == "<|image_pad|>"
+        name = "<IMG_CONTEXT>" if config["model_type"] == "internvl" else "<|image_pad|>"
+        assert tokenizer.convert_ids_to_tokens(config["image_token_id"]) == name
 
 
 def test_image_processor(folder: Path, tmp_path: Path) -> None:
     with Image.open(make_picture(tmp_path / "a.png", 0, (112, 112))) as file:
         picture = file.copy()
-    if "llava" in (folder / "config.json").read_text():
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    if model_type == "llava":
         pixels = CLIPImageProcessorPil.from_pretrained(folder)(picture)["pixel_values"]
         assert np.shape(pixels) == (1, 3, 112, 112)
+    elif model_type == "internvl":
+        processor = GotOcr2ImageProcessorPil.from_pretrained(folder)
+        for columns, rows in [(1, 1), (2, 1), (1, 2), (3, 1), (1, 4), (2, 2)]:
+            pixels = processor(picture.resize((112 * columns, 112 * rows)))["pixel_values"]
+            tiles = columns * rows
+            assert np.shape(pixels) == (tiles + (tiles > 1), 3, 112, 112), "tiles and a thumbnail"
     else:
         out = Qwen2VLImageProcessorPil.from_pretrained(folder)(picture)
         assert out["image_grid_thw"].tolist() == [[1, 8, 8]]
 
 
 def test_seed_decides_every_byte(tmp_path: Path) -> None:
-    for writer in (tiny_qwen2_5_vl, tiny_llava):
+    for writer in FAMILIES:
         folders = [writer(tmp_path / f"{writer.__name__} {i}", i // 2) for i in range(3)]
         for file in folders[0].iterdir():
             assert file.read_bytes() == (folders[1] / file.name).read_bytes(), file.name
@@ -109,7 +132,7 @@ def test_weights_are_exact_in_bfloat16(folder: Path) -> None:
         assert torch.equal(tensor, tensor.bfloat16().float()), f"{name} changes in bfloat16"
 
 
-@pytest.mark.parametrize("writer", [tiny_qwen2_5_vl, tiny_llava])
+@pytest.mark.parametrize("writer", FAMILIES)
 def test_answers_and_choices_depend_on_the_picture(writer: Writer, tmp_path: Path) -> None:
     oracle = Oracle(writer(tmp_path / "model"))
     pictures = [make_picture(tmp_path / f"{i}.png", i, (112, 112)) for i in range(5)]
@@ -141,7 +164,7 @@ def test_answers_and_choices_depend_on_the_picture(writer: Writer, tmp_path: Pat
         assert chosen[one] != chosen[other], f"{one} and {other} cannot be told apart"
 
 
-@pytest.mark.parametrize("writer", [tiny_qwen2_5_vl, tiny_llava])
+@pytest.mark.parametrize("writer", FAMILIES)
 def test_impossible_shapes_are_refused(writer: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="kv_heads must divide heads"):
         writer(tmp_path, heads=6, kv_heads=4)

@@ -15,11 +15,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.llava.processing_llava import LlavaProcessor
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 
-from ep_conformance.checkpoints import make_picture, tiny_llava, tiny_qwen2_5_vl
+from ep_conformance.checkpoints import (
+    make_picture,
+    tiny_internvl,
+    tiny_llava,
+    tiny_qwen2_5_vl,
+    tiny_qwen2_vl,
+)
 from ep_conformance.oracle import METHODS, Oracle, OracleResult, keep_best, keep_set, token_score
 
 DEMO = Path(__file__).parents[2] / "ep_core" / "demo"
@@ -39,6 +48,14 @@ CASES: dict[str, Spec] = {
         ["see ", (56, 84), (112, 140), " then\n", (196, 56), "Which is largest? été 12"],
     ),
     "qwen, text alone": ("qwen 6/2", ["no picture at all"]),
+    "qwen2-vl, one picture": ("qwen2-vl 6/2", [(112, 84), "what is this?"]),
+    "qwen2-vl, two pictures": ("qwen2-vl 9/3", [(140, 84), "or", (84, 168), "which one?"]),
+    "internvl, one tile": ("internvl 6/2", [(112, 112), "what is this?"]),
+    "internvl, two and four tiles": (
+        "internvl 6/2",
+        ["see ", (224, 112), (224, 224), "and", (112, 112), "which is largest?"],
+    ),
+    "internvl, three tiles": ("internvl 9/3", [(112, 336), "what is this?"]),
     "llava, one picture": ("llava 4/4", [(112, 112), "\nwhat is this?"]),
     "llava, adjacent pictures": ("llava 4/4", [(112, 112), (112, 112), "same?"]),
     "llava full, text between": ("llava 6/2 full", ["in ", (112, 112), "a", (112, 112), "b"]),
@@ -63,6 +80,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "demo": DEMO / "model",
         "qwen 6/2": tiny_qwen2_5_vl(root / "qwen_6_2"),
         "qwen 9/3": tiny_qwen2_5_vl(root / "qwen_9_3", seed=1, heads=9, kv_heads=3),
+        "qwen2-vl 6/2": tiny_qwen2_vl(root / "qwen2_vl_6_2"),
+        "qwen2-vl 9/3": tiny_qwen2_vl(root / "qwen2_vl_9_3", seed=1, heads=9, kv_heads=3),
+        "internvl 6/2": tiny_internvl(root / "internvl_6_2"),
+        "internvl 9/3": tiny_internvl(root / "internvl_9_3", seed=1, heads=9, kv_heads=3),
         "llava 4/4": tiny_llava(root / "llava_4_4"),
         "llava 6/2 full": tiny_llava(
             root / "llava_6_2", seed=2, heads=6, kv_heads=2, layers=3, strategy="full"
@@ -103,24 +124,39 @@ class QwenWithPil(Unchecked, Qwen2_5_VLProcessor):
     pass
 
 
+class OlderQwenWithPil(Unchecked, Qwen2VLProcessor):
+    pass
+
+
+class InternVLWithPil(Unchecked, InternVLProcessor):
+    pass
+
+
 class LlavaWithPil(Unchecked, LlavaProcessor):
     pass
 
 
+# the processor, its image processor, and what of its settings it takes
+PROCESSORS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
+    "InternVLProcessor": (InternVLWithPil, GotOcr2ImageProcessorPil, ("image_seq_length",)),
+    "LlavaProcessor": (
+        LlavaWithPil,
+        CLIPImageProcessorPil,
+        ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"),
+    ),
+    "Qwen2VLProcessor": (OlderQwenWithPil, Qwen2VLImageProcessorPil, ()),
+    "Qwen2_5_VLProcessor": (QwenWithPil, Qwen2VLImageProcessorPil, ()),
+}
+
+
 def reference_processor(folder: Path) -> Any:
     settings = json.loads((folder / "processor_config.json").read_text())
-    parts: dict[str, Any] = {
-        "tokenizer": AutoTokenizer.from_pretrained(folder),
-        "chat_template": (folder / "chat_template.jinja").read_text(),
-    }
-    if settings["processor_class"] == "LlavaProcessor":
-        for key in ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"):
-            parts[key] = settings[key]
-        return LlavaWithPil(image_processor=CLIPImageProcessorPil.from_pretrained(folder), **parts)
-    return QwenWithPil(
-        image_processor=Qwen2VLImageProcessorPil.from_pretrained(folder),
-        video_processor=None,
-        **parts,
+    processor, image_processor, keys = PROCESSORS[settings["processor_class"]]
+    return processor(
+        image_processor=image_processor.from_pretrained(folder),
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        chat_template=(folder / "chat_template.jinja").read_text(),
+        **{key: settings[key] for key in keys},
     )
 
 
@@ -306,7 +342,7 @@ def test_kept_set_ignores_what_follows(case: tuple[Path, Message], method: str) 
     assert results[0].kept[0] == results[1].kept[0], "text after a picture changed what it keeps"
 
 
-@pytest.mark.parametrize("name", ["qwen 6/2", "llava 4/4"])
+@pytest.mark.parametrize("name", ["qwen 6/2", "qwen2-vl 6/2", "internvl 6/2", "llava 4/4"])
 def test_budgets_are_per_picture(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """The second picture's budget does not touch the first picture's choice."""
     oracle = Oracle(folders[name])
@@ -321,7 +357,7 @@ def test_budgets_are_per_picture(name: str, folders: dict[str, Path], tmp_path: 
     assert [len(k[1]) for k in kept] == [1, 12]
 
 
-@pytest.mark.parametrize("name", ["qwen 6/2", "llava 4/4"])
+@pytest.mark.parametrize("name", ["qwen 6/2", "qwen2-vl 6/2", "internvl 6/2", "llava 4/4"])
 def test_float64_agrees_with_float32(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     content: Message = [make_picture(tmp_path / "a.png", 3, (112, 112)), "which?"]
     single, double = (
@@ -414,6 +450,9 @@ def test_bad_requests_are_refused(
         ("qwen 6/2", (100, 112), "a.png is 100x112: .* multiples of 28"),
         ("qwen 6/2", (28, 28), "between 3136 and 200704 pixels"),
         ("qwen 6/2", (560, 560), "between 3136 and 200704 pixels"),
+        ("qwen2-vl 6/2", (100, 112), "a.png is 100x112: .* multiples of 28"),
+        ("internvl 6/2", (140, 112), "a.png is 140x112: .* multiples of 112"),
+        ("internvl 6/2", (336, 224), "at most 4 tiles"),
         ("llava 4/4", (140, 112), "a.png is 140x112: .* must be 112x112"),
     ],
 )
@@ -425,21 +464,33 @@ def test_pictures_that_need_resizing_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "change", "message"),
     [
-        (lambda c: c.update(model_type="qwen3_vl"), "not qwen3_vl with qwen2_5_vl_text"),
-        (lambda c: c["text_config"].update(use_sliding_window=True), "sliding-window"),
-        (lambda c: c["text_config"]["rope_parameters"].update(rope_type="yarn"), "scaled RoPE"),
-        (lambda c: c.update(vision_feature_layer=[-2, -1]), "single vision_feature_layer"),
+        (
+            "qwen 6/2",
+            lambda c: c.update(model_type="qwen3_vl"),
+            "not qwen3_vl with qwen2_5_vl_text",
+        ),
+        ("qwen 6/2", lambda c: c["text_config"].update(use_sliding_window=True), "sliding-window"),
+        (
+            "qwen 6/2",
+            lambda c: c["text_config"]["rope_parameters"].update(rope_type="yarn"),
+            "scaled RoPE",
+        ),
+        ("qwen2-vl 6/2", lambda c: c["rope_scaling"].update(type="yarn"), "scaled RoPE"),
+        ("llava 4/4", lambda c: c.update(vision_feature_layer=[-2, -1]), "single vision_feature"),
+        ("internvl 6/2", lambda c: c.update(vision_feature_layer=-2), "last layer only"),
+        ("internvl 6/2", lambda c: c["vision_config"].update(use_qk_norm=True), "smaller tower"),
     ],
 )
 def test_unknown_models_are_refused(
+    name: str,
     change: Callable[[dict[str, Any]], None],
     message: str,
     folders: dict[str, Path],
     tmp_path: Path,
 ) -> None:
-    config = json.loads((folders["qwen 6/2"] / "config.json").read_text())
+    config = json.loads((folders[name] / "config.json").read_text())
     change(config)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
