@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 from ep_backends.transformers.processor import load_processor
 from ep_conformance.plugin import Workshop
+from ep_conformance.test_engine import SIZES
 from ep_core.pictures import read_picture
 
 Encode = Callable[..., dict[str, torch.Tensor]]
@@ -30,14 +31,13 @@ class Lab:
         return AutoModelForImageTextToText.from_pretrained(self.path, **options).eval()
 
     def picture(self, seed: int) -> Path:
-        sizes = [(112, 112)] if self.name == "llava" else [(112, 84), (56, 140), (168, 112)]
+        sizes = SIZES.get(self.name, [(112, 84), (56, 140), (168, 112)])
         return self._workshop.picture(seed, *sizes[seed % len(sizes)])
 
     def encode(
         self, *messages: Sequence[str | Path], side: str = "left", **options: Any
     ) -> dict[str, torch.Tensor]:
         """User messages (files and texts) as one padded batch."""
-        self.processor.tokenizer.padding_side = side
         chats = [
             [
                 {
@@ -57,7 +57,7 @@ class Lab:
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
-            processor_kwargs={"padding": True, "return_tensors": "pt"},
+            processor_kwargs={"padding": True, "padding_side": side, "return_tensors": "pt"},
         )
         return dict(batch)
 
@@ -67,7 +67,7 @@ def lab(workshop: Workshop) -> Callable[[str], Lab]:
     return cache(lambda name: Lab(workshop, name))
 
 
-@pytest.fixture(scope="session", params=["qwen-gqa", "llava"])
+@pytest.fixture(scope="session", params=["qwen-gqa", "qwen2-vl", "internvl", "llava"])
 def family(request: pytest.FixtureRequest, lab: Callable[[str], Lab]) -> Lab:
     """Each model family in turn."""
     return lab(request.param)

@@ -242,9 +242,10 @@ def test_a_second_turn_over_the_same_cache_equals_the_whole_conversation(family,
         assert_close(logits(reused), logits(fresh), f"turn {number}")
 
 
-def test_a_picture_in_a_later_turn_is_pruned_too(lab):
-    """LLaVA only: transformers wants one image_grid_thw for all of Qwen's pictures and the new."""
-    family = lab("llava")
+@pytest.mark.parametrize("name", ["internvl", "llava"])
+def test_a_picture_in_a_later_turn_is_pruned_too(lab, name):
+    """Not Qwen: transformers wants one image_grid_thw for all of its pictures and the new ones."""
+    family = lab(name)
     model = family.model()
     conversation = turns(
         family, model, ["hello"], [family.picture(0), "what is it?"], [family.picture(1), "this?"]

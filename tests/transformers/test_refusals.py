@@ -232,6 +232,23 @@ def test_video_tokens_run_unpruned(qwen, qwen_model):
     assert "video" in str(pruning.records[0].reason)
 
 
+def test_internvl_pictures_that_touch_run_unpruned(lab):
+    internvl = lab("internvl")
+    model = internvl.model()
+    inputs = internvl.encode([internvl.picture(1), internvl.picture(4), "what?"])
+    image = inputs["input_ids"][0] == model.config.image_token_id
+    first, second = image.nonzero()[[15, 16], 0].tolist()
+    apart = [*range(first + 1), *range(second, len(image))]  # without </img>, a newline and <img>
+    for key in ("input_ids", "attention_mask"):
+        inputs[key] = inputs[key][:, apart]
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with enable(model, POLICY) as pruning:
+            pruned = model(**inputs).logits
+    assert torch.equal(plain, pruned)
+    assert "32 image tokens is no picture" in str(pruning.records[0].reason)
+
+
 def test_a_missing_device_or_dtype_is_one_line(qwen):
     backend, policy = TransformersBackend(), PruningPolicy.parse(POLICY)
     if not torch.cuda.is_available():
