@@ -80,10 +80,13 @@ class KVSlots:
     Attributes:
         below: in each layer < K.
         from_layer: in each layer >= K.
+        block: slots are handed out in blocks of so many, shared by all layers; above 1 both counts
+            may be more than the tokens take.
     """
 
     below: int
     from_layer: int
+    block: int = 1
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -144,6 +145,18 @@ class PruningPolicy:
                 f"{layers - 1}"
             )
         return replace(self, layer=layer)
+
+
+@contextmanager
+def no_policy_in_environment() -> Iterator[None]:
+    """Inside, `ENTROPYPRUNE` is not set: a session prunes by its own argument alone."""
+    value = os.environ.pop(ENV, None)
+    try:
+        yield
+    finally:
+        os.environ.pop(ENV, None)
+        if value is not None:
+            os.environ[ENV] = value
 
 
 def _without_repeats(fields: list[tuple[str, Any]]) -> dict[str, Any]:

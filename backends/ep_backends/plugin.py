@@ -21,10 +21,20 @@ def _sglang() -> Backend:
     return SGLangBackend()
 
 
+def _lmdeploy() -> Backend:
+    from importlib.metadata import version
+
+    version("lmdeploy")  # as above
+    from ep_backends.lmdeploy.backend import LMDeployBackend
+
+    return LMDeployBackend()
+
+
 @hookimpl
 def entropyprune_backends() -> list[BackendSpec]:
     """One specification for each engine."""
     return [
+        BackendSpec("lmdeploy", "LMDeploy's PyTorch engine, pipeline and server", _lmdeploy),
         BackendSpec("sglang", "SGLang, offline engine and server", _sglang),
         BackendSpec("transformers", "plain transformers, model.generate", _transformers),
     ]

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import os
 import pkgutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from ep_backends.budgets import KEY, Settings
 from ep_backends.metrics import Metrics
+from ep_backends.refusals import StartRefused, refusing
 from ep_core.errors import EntropyPruneError, PolicyError, UnsupportedError
 from ep_core.patching import check_point
 from ep_core.plugins import registry
@@ -25,28 +25,6 @@ from ep_core.policy import ENV, PruningPolicy
 _handed_over: str | None = None  # what this process put into ENTROPYPRUNE for its workers
 # Text-only traffic may lose this share of its token capacity, so that pictures gain the rest.
 TEXT_CAPACITY_LOSS = 0.1
-
-
-class StartRefused(UnsupportedError, SystemExit):
-    """Pruning cannot work with what was asked.
-
-    An error for programs, and one line instead of a traceback where a command line meets it.
-    """
-
-    def __init__(self, message: str) -> None:
-        SystemExit.__init__(self, f"entropyprune: error: {message}")
-
-    def __str__(self) -> str:
-        return str(self.code)
-
-
-@contextmanager
-def _refusing() -> Iterator[None]:
-    """Turn an error of ours into one that stops a server with one line."""
-    try:
-        yield
-    except EntropyPruneError as error:
-        raise StartRefused(str(error)) from None
 
 
 def register() -> None:
@@ -137,13 +115,13 @@ def read_policy(server_args: Any, previous: Callable[[Any], None]) -> None:
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     arguments = resolving_view(server_args)
-    with _refusing():
+    with refusing():
         policy = _policy(arguments.json_model_override_args)
     if policy is not None:
         from ep_backends.sglang.kv import RADIX_CACHE
         from ep_backends.sglang.ledger import ATTENTION
 
-        with _refusing():
+        with refusing():
             install()
         from sglang.srt.plugins.hook_registry import HookRegistry
 
@@ -165,7 +143,7 @@ def size_pools(server_args: Any, previous: Callable[[Any], None]) -> None:
         from sglang.srt.arg_groups.model_override_base import model_config_of
         from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
-        with _refusing():
+        with refusing():
             settings = settings_of(model_config_of(server_args))
         if resolving_view(server_args).swa_full_tokens_ratio is None:
             ratio = kept_ratio(settings.policy, settings.shape.layers)
@@ -181,7 +159,7 @@ def refuse_arguments(server_args: Any, previous: Callable[[Any], None]) -> None:
 
         from ep_backends.sglang.ledger import check_arguments
 
-        with _refusing():
+        with refusing():
             check_arguments(resolving_view(server_args))
 
 
@@ -264,7 +242,7 @@ def derive_pools(original: Callable[..., None], config: Any) -> None:
     original(config)
     if not os.environ.get(ENV) or config.is_draft_model:
         return
-    with _refusing():
+    with refusing():
         settings = settings_of(config)
     config.is_hybrid_swa = True
     config.sliding_window_size = None

@@ -1,0 +1,241 @@
+"""Turning pruning on in a process that starts LMDeploy engines, and in their workers."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from ep_backends.budgets import KEY, Settings
+from ep_backends.refusals import refusing
+from ep_core.errors import PolicyError, UnsupportedError
+from ep_core.patching import Patches, check_point
+from ep_core.plugins import registry
+from ep_core.policy import ENV, PruningPolicy
+
+_active: Patches | None = None
+_policy: PruningPolicy | None = None  # given to `activate`
+
+
+def activate(policy: str | PruningPolicy | None = None) -> Patches:
+    """Prune in the engines that this process starts from now on.
+
+    Args:
+        policy: such as "layer=2,keep=128". An engine's `hf_overrides={"entropyprune": ...}` is
+            another way, the variable `ENTROPYPRUNE` a third; two that differ are refused.
+
+    Returns:
+        what `undo()` takes back, for engines that are started afterwards.
+
+    Raises:
+        UnsupportedError: this LMDeploy is not as pruning needs it.
+        PolicyError: the policy cannot be read.
+    """
+    global _active, _policy
+    if policy is not None:
+        _policy = PruningPolicy.parse(policy) if isinstance(policy, str) else policy
+    if _active is None:
+        _active = _install()
+    return _active
+
+
+def _install() -> Patches:
+    from lmdeploy.version import __version__
+
+    from ep_backends.lmdeploy.ledger import HOOKED, POINTS, TESTED
+
+    failed = [status for status in map(check_point, POINTS) if status.state == "FAILED"]
+    if failed:
+        raise UnsupportedError(
+            f"this LMDeploy ({__version__}, tested is {TESTED}) does not fit: {failed[0].target}: "
+            f"{failed[0].detail}; run entropyprune doctor"
+        )
+    from ep_backends.lmdeploy.kv import required_blocks
+    from ep_backends.lmdeploy.requests import plan_request
+
+    patches = Patches()
+    patches.add(_forget)
+    wrappers: dict[str, Callable[..., Any]] = {
+        "refuse_arguments": refuse_arguments,
+        "refuse_process": refuse_process,
+        "refuse_turbomind": refuse_turbomind,
+        "configure": configure,
+        "plan_request": plan_request,
+        "required_blocks": required_blocks,
+    }
+    for name, point in HOOKED.items():
+        _wrap(patches, point.target, wrappers[name])
+    return patches
+
+
+def _wrap(patches: Patches, target: str, wrapper: Callable[..., Any]) -> None:
+    """Replace a function by `wrapper(original, ...)`, a class method by a static one."""
+    path, _, name = target.replace(":", ".").rpartition(".")
+    owner = pkgutil.resolve_name(path)
+    bound = isinstance(vars(owner).get(name), classmethod)
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, *args, **kwargs)
+
+        return staticmethod(replacement) if bound else replacement
+
+    patches.replace(owner, name, make)
+
+
+def _forget() -> None:
+    """Back to the state before `activate`."""
+    global _active, _policy
+    _active = _policy = None
+    _forget_classes()
+
+
+def _forget_classes() -> None:
+    """LMDeploy keeps a custom module map for every later engine of the process."""
+    from lmdeploy.pytorch.models.module_map import CUSTOM_MODULE_MAP
+
+    from ep_backends.lmdeploy.module_map import MODULE_MAP
+
+    for name, ours in MODULE_MAP.items():
+        if CUSTOM_MODULE_MAP.get(name) == ours:
+            del CUSTOM_MODULE_MAP[name]
+
+
+# Starting an engine.
+
+
+def policy_for(overrides: Mapping[str, Any] | None) -> PruningPolicy | None:
+    """The policy of an engine, from wherever it was set.
+
+    Args:
+        overrides: the engine's `hf_overrides`.
+
+    Raises:
+        PolicyError: it cannot be read, or two of them differ.
+    """
+    value = (overrides or {}).get(KEY)
+    own = None
+    if value is not None:
+        own = (
+            PruningPolicy.parse(value) if isinstance(value, str) else PruningPolicy.from_json(value)
+        )
+    found = {
+        "hf_overrides": own,
+        "activate()": _policy,
+        ENV: PruningPolicy.from_environment(),
+    }
+    given = {where: policy for where, policy in found.items() if policy is not None}
+    if len(set(given.values())) > 1:
+        differing = ", ".join(f"{where} says {policy}" for where, policy in given.items())
+        raise PolicyError(f"{differing}; set one of them")
+    return next(iter(given.values()), None)
+
+
+def refuse_arguments(
+    original: Callable[..., None],
+    engine: Any,
+    model_path: str,
+    engine_config: Any = None,
+    trust_remote_code: bool = False,
+    speculative_config: Any = None,
+) -> None:
+    """Around `Engine.__init__`: refuse what cannot work."""
+    from lmdeploy import PytorchEngineConfig
+
+    from ep_backends.lmdeploy.ledger import check_arguments
+
+    with refusing():
+        config = engine_config or PytorchEngineConfig()
+        if policy_for(config.hf_overrides) is not None:
+            check_arguments(config, speculative_config)
+    original(engine, model_path, engine_config, trust_remote_code, speculative_config)
+
+
+def refuse_process(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around `build_mp_engine`: no engine in a process of its own."""
+    with refusing():
+        if policy_for(kwargs["engine_config"].hf_overrides) is not None:
+            raise UnsupportedError(
+                "enable_mp_engine starts the engine in a process of its own, which never imports "
+                "entropyprune; leave it out"
+            )
+    return original(*args, **kwargs)
+
+
+def refuse_turbomind(
+    original: Callable[..., Any], engine: Any, model_path: str, backend_config: Any, **kwargs: Any
+) -> Any:
+    """Around `AsyncEngine._build_turbomind`: it cannot prune."""
+    with refusing():
+        if policy_for(getattr(backend_config, "hf_overrides", None)) is not None:
+            raise UnsupportedError(
+                "the TurboMind engine was chosen, and it has no place to prune at; choose the "
+                "PyTorch engine: --backend pytorch, or backend_config=PytorchEngineConfig(...)"
+            )
+    return original(engine, model_path=model_path, backend_config=backend_config, **kwargs)
+
+
+def configure(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around `ModelConfig.from_pretrained`: the policy and our classes go along to each worker."""
+    from ep_backends.lmdeploy import module_map
+
+    config = original(*args, **kwargs)
+    with refusing():
+        policy = policy_for(kwargs.get("hf_overrides"))
+        if policy is None or kwargs.get("is_draft_model"):
+            _forget_classes()
+            return config
+        setattr(config.hf_config, KEY, str(policy))
+        settings_of(config.hf_config, config)
+        config.custom_module_map = str(Path(module_map.__file__).resolve())
+    return config
+
+
+def settings_of(hf_config: Any, model_config: Any = None) -> Settings | None:
+    """What pruning needs to know of a server, from a model's configuration.
+
+    Args:
+        hf_config: the checkpoint's configuration, with the policy where there is one.
+        model_config: LMDeploy's, to be checked.
+
+    Raises:
+        EntropyPruneError: the model, the layer or the method does not work here.
+    """
+    from ep_backends.lmdeploy.ledger import check_model
+
+    policy = getattr(hf_config, KEY, None)
+    if policy is None:
+        return None
+    facts = hf_config.to_dict()
+    adapter = registry().adapter(facts["model_type"])
+    if model_config is not None:
+        check_model(model_config, adapter, facts)
+    return Settings.of(PruningPolicy.parse(policy), adapter, facts)
+
+
+# In each worker.
+
+
+def group_cache() -> None:
+    """From now on, a pruned model's KV cache has its layers in two groups; once in a process."""
+    from ep_backends.lmdeploy.ledger import IN_WORKERS
+
+    (point,) = IN_WORKERS.values()
+    if not hasattr(pkgutil.resolve_name(point.target), "__wrapped__"):
+        # for the life of the process: a model without a policy is laid out as ever
+        _wrap(Patches(), point.target, grouped_plan)
+
+
+def grouped_plan(original: Callable[..., Any], model_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around `build_block_cache_plan`."""
+    from ep_backends.lmdeploy.kv import group_layers, kv_ratio
+
+    plan = original(model_config, *args, **kwargs)
+    settings = settings_of(model_config.hf_config)
+    if settings is None:
+        return plan
+    ratio = kv_ratio(settings.policy, settings.shape.layers)
+    return group_layers(plan, settings.layer, ratio)
