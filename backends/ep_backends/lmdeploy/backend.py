@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 
@@ -24,6 +25,9 @@ from ep_core.pictures import read_picture
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy, no_policy_in_environment
 from ep_core.report import SpanRecord
+
+if TYPE_CHECKING:
+    from ep_backends.lmdeploy.prefill import Held
 
 NO_PICTURES = "the prompt has no visual tokens"
 RESERVED_BLOCKS = 2  # one for padding, one that LMDeploy leaves out of a prompt's longest length
@@ -102,9 +106,9 @@ class _Seen:
     reason: str | None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    sequence: Any = None  # LMDeploy's
-    meta: dict[str, Any] | None = None  # its last `model_meta`
-    blocks: int = 0
+    held: Held | None = None  # of its last prefill
+    blocks: int = 0  # that its prompt held
+    scheduled: int = 0
 
 
 class LMDeploySession:
@@ -153,6 +157,9 @@ class LMDeploySession:
         with no_policy_in_environment():
             self.pipeline = pipeline(str(model), backend_config=engine_config, log_level="ERROR")
         self._engine = self.pipeline.async_engine
+        self._seen: dict[int, _Seen] = {}
+        strategy = self._engine.engine.seq_strategy
+        strategy.update_running = partial(self._watch, strategy.update_running)
         # LMDeploy's own templates move a LLaVA prompt's pictures to its front
         self._engine.vl_encoder.model.to_pytorch = self._to_pytorch
 
@@ -208,24 +215,37 @@ class LMDeploySession:
         )
         pictures = prepared.inputs.get("multimodal") or []
         seen = _Seen(prepared.input_token_len, pictures, prepared.inputs.get(KEY))
-        scheduler = self._engine.engine.scheduler
-        outputs = self._engine.generate(prepared)
-        async with contextlib.aclosing(outputs):
-            async for output in outputs:
-                running = scheduler.get_session(session.session_id)
-                if running is not None and running.sequences:
-                    (seen.sequence,) = running.sequences.values()
-                    seen.meta = seen.sequence.model_meta or seen.meta
-                    seen.blocks = seen.blocks or len(seen.sequence.logical_blocks)
-                ids = output.token_ids or []
-                seen.ids += ids
-                seen.logprobs += [
-                    found[token]
-                    for token, found in zip(ids, output.logprobs or [], strict=bool(ids))
-                ]
-                if request.leave_after is not None and len(seen.ids) >= request.leave_after:
-                    break
+        self._seen[session.session_id] = seen
+        try:
+            async with contextlib.aclosing(self._engine.generate(prepared)) as outputs:
+                async for output in outputs:
+                    ids = output.token_ids or []
+                    seen.ids += ids
+                    seen.logprobs += [
+                        found[token]
+                        for token, found in zip(ids, output.logprobs or (), strict=False)
+                    ]
+                    if len(seen.ids) >= (request.leave_after or math.inf):
+                        break
+        finally:
+            del self._seen[session.session_id]
         return seen
+
+    def _watch(self, update: Any, *, running: Any, **step: Any) -> None:
+        """Around the engine's own book-keeping after a pass: what it knows of each sequence.
+
+        Later is too late: the blocks of one that has its answer may go to another at once.
+        """
+        from lmdeploy.messages import EventType
+
+        update(running=running, **step)
+        for sequence in running:
+            seen = self._seen.get(sequence.session_id)
+            if seen is not None:
+                seen.held = (sequence.model_meta or {}).get(KEY, seen.held)
+                seen.blocks = seen.blocks or len(sequence.logical_blocks)
+                events = [event.type for event in sequence.engine_events]
+                seen.scheduled = events.count(EventType.SCHEDULED)
 
     def _parts(self, request: Request) -> list[dict[str, Any]]:
         """A message's parts as LMDeploy takes them, and what each picture asks of pruning."""
@@ -270,19 +290,17 @@ class LMDeploySession:
         return vision.to_pytorch_aux(messages, prompt, PLACEHOLDER, tokenizer)
 
     def _answer(self, request: Request, seen: _Seen) -> Answer:
-        from lmdeploy.messages import EventType
-
-        held = (seen.meta or {}).get(KEY)
-        pruned = {} if held is None else {picture.span.start: picture for picture in held.pictures}
+        pictures = () if seen.held is None else seen.held.pictures
+        pruned = {picture.span.start: picture for picture in pictures}
         spans = []
         for picture in seen.pictures if self._pruned else ():
             start, tokens = picture["offset"], int(picture["image_tokens"])
             found = pruned.get(start)
-            kept = range(tokens) if found is None else found.kept
+            kept: Iterable[int] = range(tokens)
+            if found is not None:
+                assert found.kept is not None, "a session asks for the details"
+                kept = found.kept
             spans.append(SpanRecord(start, start + tokens, tuple(kept)))
-        scheduled = [
-            event for event in seen.sequence.engine_events if event.type == EventType.SCHEDULED
-        ]
         text = self._engine.tokenizer.decode(seen.ids, skip_special_tokens=True)
         size = self._engine.engine.cache_config.block_size
         reason: str | None = "no policy is set"
@@ -296,8 +314,8 @@ class LMDeploySession:
             kv=KVSlots(seen.blocks * self._ratio * size, seen.blocks * size, block=size),
             reason=reason,
             logprobs=tuple(seen.logprobs),
-            chunks=None if held is None else held.passes,
-            preempted=len(scheduled) - 1,
+            chunks=None if seen.held is None else seen.held.passes,
+            preempted=seen.scheduled - 1,
         )
 
 
