@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ep_core.errors import UnsupportedError
 from ep_core.policy import PruningPolicy
 
 # Text-only traffic may lose this share of its token capacity, so that pictures gain the rest.
-TEXT_CAPACITY_LOSS = 1 / 8
+TEXT_CAPACITY_LOSS = Fraction(1, 8)
 
 
 @dataclass(frozen=True)

@@ -16,27 +16,19 @@ from ep_core.patching import AttachPoint, missing_parameters
 
 TESTED = "0.18.0"
 
-_ENGINE = "lmdeploy.pytorch.engine.engine:Engine"
 _ASYNC = "lmdeploy.serve.core.async_engine:AsyncEngine"
 _NO_PLUGINS = "LMDeploy has no plugins"
 
 # wrapped by the functions of plugin.py in the process of the engine
 HOOKED = {
-    "refuse_arguments": AttachPoint(
-        f"{_ENGINE}.__init__",
-        ("model_path", "engine_config", "trust_remote_code", "speculative_config"),
-        "refuses what cannot work before anything is loaded",
+    "build_pytorch": AttachPoint(
+        f"{_ASYNC}._build_pytorch",
+        ("model_path", "backend_config", "speculative_config"),
+        "settles the policy and refuses what cannot work before anything is loaded",
         _NO_PLUGINS,
         "an engine can be given checks of its configuration",
     ),
-    "refuse_process": AttachPoint(
-        "lmdeploy.pytorch.engine.mp_engine:build_mp_engine",
-        ("backend", "engine_config"),
-        "an engine in a process of its own would start without pruning",
-        _NO_PLUGINS,
-        "such a process can be told to import something",
-    ),
-    "refuse_turbomind": AttachPoint(
+    "build_turbomind": AttachPoint(
         f"{_ASYNC}._build_turbomind",
         ("model_path", "backend_config"),
         "TurboMind has no place to prune at: says so instead of serving without",
@@ -45,8 +37,8 @@ HOOKED = {
     ),
     "configure": AttachPoint(
         "lmdeploy.pytorch.config:ModelConfig.from_pretrained",
-        ("pretrained_model_name_or_path", "hf_overrides", "is_draft_model"),
-        "gives the model configuration, which goes to every worker, the policy and our classes",
+        ("pretrained_model_name_or_path", "hf_overrides"),
+        "gives the model configuration, which goes to every worker, the map of our classes",
         "PytorchEngineConfig.custom_module_map is documented, but does not reach ModelConfig",
         "the engine's custom_module_map is the one that workers read",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pkgutil
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ep_backends.budgets import KEY, Settings
-from ep_backends.refusals import refusing
+from ep_backends.refusals import StartRefused, refusing
+from ep_core.adapter import Config
 from ep_core.errors import PolicyError, UnsupportedError
 from ep_core.patching import Patches, check_point
 from ep_core.plugins import registry
@@ -58,9 +60,8 @@ def _install() -> Patches:
     patches = Patches()
     patches.add(_forget)
     wrappers: dict[str, Callable[..., Any]] = {
-        "refuse_arguments": refuse_arguments,
-        "refuse_process": refuse_process,
-        "refuse_turbomind": refuse_turbomind,
+        "build_pytorch": build_pytorch,
+        "build_turbomind": build_turbomind,
         "configure": configure,
         "plan_request": plan_request,
         "required_blocks": required_blocks,
@@ -134,38 +135,58 @@ def policy_for(overrides: Mapping[str, Any] | None) -> PruningPolicy | None:
     return next(iter(given.values()), None)
 
 
-def refuse_arguments(
-    original: Callable[..., None],
+class Carried(str):
+    """A policy in an engine's `hf_overrides`: what goes to its other processes with them.
+
+    A process that receives it is activated before it starts anything, even if it never imports us.
+    """
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrive, (str(self),)
+
+
+def _arrive(policy: str) -> Carried:
+    activate()
+    return Carried(policy)
+
+
+def build_pytorch(
+    original: Callable[..., Any],
     engine: Any,
     model_path: str,
-    engine_config: Any = None,
-    trust_remote_code: bool = False,
+    backend_config: Any = None,
     speculative_config: Any = None,
-) -> None:
-    """Around `Engine.__init__`: refuse what cannot work."""
+    **kwargs: Any,
+) -> Any:
+    """Around `AsyncEngine._build_pytorch`: settle the policy, refuse what cannot work."""
     from lmdeploy import PytorchEngineConfig
+    from lmdeploy.pytorch.config import ModelConfig
 
-    from ep_backends.lmdeploy.ledger import check_arguments
+    from ep_backends.lmdeploy.ledger import check_arguments, check_model
 
+    config = backend_config or PytorchEngineConfig()
     with refusing():
-        config = engine_config or PytorchEngineConfig()
-        if policy_for(config.hf_overrides) is not None:
+        policy = policy_for(config.hf_overrides)
+        if policy is not None:
             check_arguments(config, speculative_config)
-    original(engine, model_path, engine_config, trust_remote_code, speculative_config)
+            facts = engine.hf_cfg.to_dict()
+            settings = settings_for(policy, facts)
+            model_config = ModelConfig.from_hf_config(copy.deepcopy(engine.hf_cfg), model_path)
+            check_model(model_config, settings.adapter, facts)
+            setattr(engine, KEY, settings)
+            config.hf_overrides = (config.hf_overrides or {}) | {KEY: Carried(settings.policy)}
+    return original(
+        engine,
+        model_path=model_path,
+        backend_config=config,
+        speculative_config=speculative_config,
+        **kwargs,
+    )
 
 
-def refuse_process(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around `build_mp_engine`: no engine in a process of its own."""
-    with refusing():
-        if policy_for(kwargs["engine_config"].hf_overrides) is not None:
-            raise UnsupportedError(
-                "enable_mp_engine starts the engine in a process of its own, which never imports "
-                "entropyprune; leave it out"
-            )
-    return original(*args, **kwargs)
-
-
-def refuse_turbomind(
+def build_turbomind(
     original: Callable[..., Any], engine: Any, model_path: str, backend_config: Any, **kwargs: Any
 ) -> Any:
     """Around `AsyncEngine._build_turbomind`: it cannot prune."""
@@ -179,41 +200,42 @@ def refuse_turbomind(
 
 
 def configure(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around `ModelConfig.from_pretrained`: the policy and our classes go along to each worker."""
+    """Around `ModelConfig.from_pretrained`: our classes go along to each worker."""
     from ep_backends.lmdeploy import module_map
 
     config = original(*args, **kwargs)
-    with refusing():
-        policy = policy_for(kwargs.get("hf_overrides"))
-        if policy is None or kwargs.get("is_draft_model"):
-            _forget_classes()
-            return config
-        setattr(config.hf_config, KEY, str(policy))
-        settings_of(config.hf_config, config)
+    value = (kwargs.get("hf_overrides") or {}).get(KEY)
+    if value is None:
+        _forget_classes()
+    elif isinstance(value, Carried):
         config.custom_module_map = str(Path(module_map.__file__).resolve())
+    else:
+        raise StartRefused(
+            "the engine was started by itself, so that nobody decides what its requests keep; "
+            "start it through lmdeploy.pipeline, AsyncEngine or the server"
+        )
     return config
 
 
-def settings_of(hf_config: Any, model_config: Any = None) -> Settings | None:
-    """What pruning needs to know of a server, from a model's configuration.
+def settings_for(policy: PruningPolicy, facts: Config) -> Settings:
+    """What pruning needs to know of a server.
 
     Args:
-        hf_config: the checkpoint's configuration, with the policy where there is one.
-        model_config: LMDeploy's, to be checked.
+        policy: as it was set.
+        facts: the checkpoint's configuration.
 
     Raises:
-        EntropyPruneError: the model, the layer or the method does not work here.
+        EntropyPruneError: there is no adapter, no such layer or no such method.
     """
-    from ep_backends.lmdeploy.ledger import check_model
+    return Settings.of(policy, registry().adapter(facts["model_type"]), facts)
 
-    policy = getattr(hf_config, KEY, None)
-    if policy is None:
+
+def settings_of(hf_config: Any) -> Settings | None:
+    """The same from the configuration that a worker gets; None where there is no policy."""
+    value = getattr(hf_config, KEY, None)
+    if value is None:
         return None
-    facts = hf_config.to_dict()
-    adapter = registry().adapter(facts["model_type"])
-    if model_config is not None:
-        check_model(model_config, adapter, facts)
-    return Settings.of(PruningPolicy.parse(policy), adapter, facts)
+    return settings_for(PruningPolicy.parse(str(value)), hf_config.to_dict())
 
 
 # In each worker.

@@ -10,7 +10,6 @@ from typing import Any
 
 from ep_backends.budgets import ENDS_INSIDE, KEY, LOGPROBS, OFF, Settings, keep_of, policy_of
 from ep_backends.lmdeploy.kv import PicturePlan, kv_ratio
-from ep_backends.lmdeploy.plugin import settings_of
 from ep_backends.metrics import Metrics
 from ep_core.errors import EntropyPruneError, PolicyError
 from ep_core.spans import VisualSpan
@@ -35,8 +34,7 @@ async def plan_request(
 
     wishes = wishes_of(messages)
     request = await original(engine, messages, session_id, gen_config=gen_config, **kwargs)
-    executor = getattr(engine.engine, "executor", None)  # TurboMind has none
-    settings = None if executor is None else settings_of(executor.model_config.hf_config)
+    settings: Settings | None = getattr(engine, KEY, None)
     pictures = request.inputs.get("multimodal") or []
     try:
         if settings is None:
