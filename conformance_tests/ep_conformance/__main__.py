@@ -11,7 +11,7 @@ import pytest
 from ep_core.errors import EntropyPruneError
 from ep_core.plugins import registry
 
-LEVELS = {"1": "test_selection.py", "2": "test_engine.py"}
+LEVELS = {"1": "test_selection.py", "2": "test_engine.py", "3": "test_serving.py"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backend", required=True, help="name, as in `entropyprune list`")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
-        "--level", default="1,2", help="levels to run, separated by commas (default: 1,2)"
+        "--level", default="1,2,3", help="levels to run, separated by commas (default: all)"
     )
     options = parser.parse_args(arguments)
     levels = options.level.split(",")

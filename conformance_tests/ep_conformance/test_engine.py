@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
-from ep_conformance.oracle import Oracle, OracleResult
+from ep_conformance.comparison import Pruned, expect
 from ep_conformance.plugin import Workshop
 from ep_core import demo
 from ep_core.backend import Answer, Backend, KVSlots, Request
 from ep_core.errors import UnsupportedError
-from ep_core.policy import PruningPolicy
 
 NEW_TOKENS = 6
-LOGITS_TOLERANCE = 1e-4
-# Scores carry the rounding of the engine's own float32 matrix products. Their noise is measured:
-# the largest difference between the oracle's scores in float32 and float64, times a margin for
-# another order of summation. A token may change sides only within it.
-NOISE_MARGIN = 4.0
-NOISE_CAP = 1e-3  # of the span's score range: more noise than this is a defect, not rounding
-OVERLAP_FLOOR = 0.95
-
 SIZES = {"llava": [(112, 112)], "internvl": [(224, 112), (112, 112), (224, 224)]}
 TEXTS = ("what number is written?", "how many circles?", "is there a red star?", "and where?")
 
@@ -42,20 +30,13 @@ class EngineCase:
     pictures: tuple[int, ...]
 
     @property
-    def policy(self) -> PruningPolicy:
-        """The policy to open the engine with."""
-        return PruningPolicy.parse(f"layer={self.layer},keep={self.keep},method={self.method}")
-
-    def keep_of(self, tokens: int) -> int:
-        """Tokens kept of a picture, by the definition in METHOD: half rounds up, at least 1."""
-        if isinstance(self.keep, int):
-            return self.keep
-        exact = Fraction(str(self.keep)) * tokens + Fraction(1, 2)
-        return max(1, exact.numerator // exact.denominator)
+    def pruned(self) -> Pruned:
+        """The policy."""
+        return Pruned(self.layer, self.keep, self.method)
 
     def __str__(self) -> str:
         pictures = "+".join(map(str, self.pictures))
-        return f"{self.checkpoint}-{pictures}pictures-{self.policy}"
+        return f"{self.checkpoint}-{pictures}pictures-{self.pruned.policy}"
 
 
 CASES = [
@@ -94,6 +75,7 @@ def test_engine_matches_oracle(
     backend: Backend,
     device: str,
     workshop: Workshop,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """Same kept tokens, same greedy tokens, logits within 1e-4, KV slots as kept."""
     model = demo.MODEL if case.checkpoint == "demo" else workshop.checkpoint(case.checkpoint)
@@ -102,15 +84,18 @@ def test_engine_matches_oracle(
         for i, count in enumerate(case.pictures)
     ]
     try:
-        session = backend.open(model, case.policy, device=device, dtype="float32")
+        session = backend.open(model, case.pruned.policy, device=device, dtype="float32")
     except UnsupportedError as error:
         if case.checkpoint == "demo":  # what every backend must run
             raise
         pytest.skip(f"refused: {error}")
     with session:
         answers = session.generate(requests)
-    for request, answer in zip(requests, answers, strict=True):
-        compare(case, model, request, answer)
+    expected = [expect(model, request, case.pruned) for request in requests]
+    pairs = list(zip(expected, answers, strict=True))
+    record_property("answers", [right.to_json(answer) for right, answer in pairs])
+    for right, answer in pairs:
+        right.check(answer)
     # a batch may hold padding too
     if len(requests) == 1 and answers[0].spans and backend.capabilities.kv_savings:
         compare_slots(answers[0], case.layer)
@@ -141,75 +126,3 @@ def compare_slots(answer: Answer, layer: int) -> None:
     assert right, (
         f"{dropped} of {tokens} tokens were dropped at layer {layer}, but the engine holds {kv}"
     )
-
-
-def compare(case: EngineCase, model: Path, request: Request, answer: Answer) -> None:
-    """Set one answer beside the oracle's."""
-    oracle = oracle_for(model)
-    full = oracle.generate(
-        request.content, layer=None, keep=None, method=case.method, max_new_tokens=1
-    )
-    keep = [case.keep_of(stop - start) for start, stop in full.spans]
-    expected = oracle.generate(
-        request.content,
-        layer=case.layer,
-        keep=keep,
-        method=case.method,
-        max_new_tokens=request.max_new_tokens,
-    )
-    assert [(span.start, span.stop) for span in answer.spans] == expected.spans, (
-        "the pictures were found elsewhere"
-    )
-    if not expected.spans:
-        assert answer.reason, "nothing was pruned, and the answer does not say why"
-    kept = [list(span.kept) for span in answer.spans]
-    if kept != expected.kept:
-        explain(case, model, request, keep, kept, expected)
-        return  # another choice within the noise: what follows may differ too
-    assert list(answer.output_ids) == expected.output_ids, (
-        f"greedy tokens {list(answer.output_ids)}, the oracle has {expected.output_ids}"
-    )
-    if answer.logits is not None:
-        worst = float((answer.logits - expected.logits).abs().max())
-        assert worst <= LOGITS_TOLERANCE, f"logits differ by up to {worst:.2e} from the oracle"
-
-
-def explain(
-    case: EngineCase,
-    model: Path,
-    request: Request,
-    keep: Sequence[int],
-    kept: Sequence[Sequence[int]],
-    expected: OracleResult,
-) -> None:
-    """Fail unless every difference lies within the measured noise of the scores."""
-    exact = oracle_for(model, torch.float64).generate(
-        request.content, layer=case.layer, keep=keep, method=case.method, max_new_tokens=1
-    )
-    for i, (actual, wanted) in enumerate(zip(kept, expected.kept, strict=True)):
-        overlap = len(set(actual) & set(wanted)) / len(wanted)
-        assert overlap >= OVERLAP_FLOOR, (
-            f"picture {i}: {overlap:.0%} of the oracle's tokens were kept, at least "
-            f"{OVERLAP_FLOOR:.0%} are asked; kept {list(actual)}, the oracle {wanted}"
-        )
-        assert expected.scores is not None, (
-            f"picture {i}: kept {list(actual)}, the oracle {wanted}; a set selection in float32 "
-            "has no noise to explain that"
-        )
-        assert exact.scores is not None
-        scores = torch.tensor(exact.scores[i], dtype=torch.float64)
-        noise = NOISE_MARGIN * float((torch.tensor(expected.scores[i]) - scores).abs().max())
-        allowed = min(noise, NOISE_CAP * float(scores.max() - scores.min()))
-        threshold = float(scores.sort(descending=True).values[len(wanted) - 1])
-        for token in sorted(set(actual) ^ set(wanted)):
-            miss = abs(float(scores[token]) - threshold)
-            assert miss <= allowed, (
-                f"picture {i}, token {token}: its score {float(scores[token]):.6f} is {miss:.1e} "
-                f"from the threshold {threshold:.6f}, noise explains {allowed:.1e}"
-            )
-
-
-@cache
-def oracle_for(model: Path, dtype: torch.dtype = torch.float32) -> Oracle:
-    """The oracle of a checkpoint, loaded once."""
-    return Oracle(model, dtype)
