@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,6 +14,8 @@ import torch
 
 from ep_conformance.oracle import Oracle, OracleResult
 from ep_core.backend import Answer, Request
+from ep_core.budget import Keep
+from ep_core.policy import PruningPolicy
 
 LOGITS_TOLERANCE = 1e-4  # of log-probabilities too
 # Scores carry the rounding of the engine's own float32 matrix products. Their noise is measured:
@@ -25,7 +28,7 @@ OVERLAP_FLOOR = 0.95
 
 @dataclass(frozen=True)
 class Pruned:
-    """What is asked of pruning, in the oracle's terms.
+    """What is asked of pruning, for an engine and for the oracle.
 
     Attributes:
         layer: the first layer that sees the kept tokens only.
@@ -36,6 +39,11 @@ class Pruned:
     layer: int
     keep: int | float
     method: str
+
+    @property
+    def policy(self) -> PruningPolicy:
+        """The policy to open an engine with."""
+        return PruningPolicy(self.layer, Keep(self.keep), self.method)
 
     def keep_of(self, tokens: int) -> int:
         """Tokens kept of a picture, by the definition in METHOD: half rounds up, at least 1."""
@@ -94,14 +102,12 @@ class Expected:
 
     def to_json(self, answer: Answer) -> dict[str, Any]:
         """What a recording keeps of an answer: enough to compare it with another engine's."""
-        scores = self.result.scores or [None] * len(answer.spans)
+        scores = [[_short(score) for score in own] for own in self.result.scores or ()]
         return {
             "output_ids": list(answer.output_ids),
             "reason": answer.reason,
-            "spans": [
-                span.to_json() | {"scores": own and [float(f"{value:.7g}") for value in own]}
-                for span, own in zip(answer.spans, scores, strict=False)
-            ],
+            "spans": [span.to_json() for span in answer.spans],
+            "scores": scores or None,
         }
 
     def _explain(self, kept: Sequence[Sequence[int]]) -> None:
@@ -131,15 +137,21 @@ class Expected:
                 )
 
     def _run(self, tokens: int, dtype: torch.dtype) -> OracleResult:
-        content, pruned = self._request.content, self.pruned
-        keep = pruned and [pruned.keep_of(size) for size in _picture_sizes(self._model, content)]
-        return _oracle(self._model, dtype).generate(
+        oracle, content = _oracle(self._model, dtype), self._request.content
+        if self.pruned is None:
+            return oracle.generate(content, layer=None, keep=None, method="", max_new_tokens=tokens)
+        return oracle.generate(
             content,
-            layer=pruned and pruned.layer,
-            keep=keep,
-            method=pruned.method if pruned else "",
+            layer=self.pruned.layer,
+            keep=[self.pruned.keep_of(size) for size in _picture_sizes(self._model, content)],
+            method=self.pruned.method,
             max_new_tokens=tokens,
         )
+
+
+def _short(score: float) -> float | None:
+    """Seven digits, as float32 has them; JSON knows no NaN."""
+    return float(f"{score:.7g}") if math.isfinite(score) else None
 
 
 @cache

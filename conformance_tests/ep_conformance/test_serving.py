@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -15,7 +16,6 @@ from ep_conformance.plugin import Workshop
 from ep_core.backend import Answer, Backend, Request, Serving, Session
 from ep_core.budget import Keep
 from ep_core.errors import EntropyPruneError, UnsupportedError
-from ep_core.policy import PruningPolicy
 
 CHECKPOINT = "qwen-gqa"  # random weights: answers do not end early, and depend on every token
 CHUNK = 32  # tokens; the largest picture here has 48
@@ -82,7 +82,7 @@ def engine(backend: Backend, device: str, workshop: Workshop) -> Iterator[Callab
                     kv_tokens=wanted.kv_tokens if able.preemption else None,
                     prefix_cache=wanted.prefix_cache if able.prefix_cache else None,
                 )
-                policy = pruned and PruningPolicy(pruned.layer, Keep(pruned.keep), pruned.method)
+                policy = None if pruned is None else pruned.policy
                 try:
                     session = backend.open(
                         model, policy, device=device, dtype="float32", serving=serving
@@ -182,7 +182,7 @@ def test_prefix_hit_as_cold(
 def test_budgets_side_by_side(engine: Callable[[str], Engine], pictures: list[Path]) -> None:
     """Each request is pruned by its own budget, and finds nothing that another one left."""
     roomy, picture = engine("roomy"), pictures[1]
-    budgets = (None, Keep(3), "off", Keep(0.5), Keep(1))
+    budgets: list[Keep | Literal["off"] | None] = [None, Keep(3), "off", Keep(0.5), Keep(1)]
 
     def asked(text: str) -> list[Request]:
         return [Request((picture, text), 6, budget=budget) for budget in budgets]
