@@ -1,7 +1,8 @@
 """Serving under pressure: the answers stay the oracle's, and no slot is lost.
 
-Every engine runs with SGLang's own strict memory checks. Expected answers, kept sets and
-log-probabilities come from the conformance suite's oracle.
+What level 3 of the conformance suite cannot reach from outside: every engine runs with SGLang's
+own strict memory checks, and a probe in it cuts, evicts and aborts at chosen moments. Expected
+answers, kept sets and log-probabilities come from the suite's oracle.
 """
 
 import asyncio
@@ -42,14 +43,14 @@ ENGINES = {
         "rows",
         {"disable_radix_cache": True, "disable_overlap_schedule": True},
     ),
-    "set-entropy": ("set-entropy", {}),
-    # 207 slots in the kept pool; how often it runs full depends on when requests arrive, so SGLang
-    # also retracts on its own at every 20th batch
+    # 312 slots in the kept pool: enough for the longest answer beside the largest prompt that comes
+    # in chunks, or SGLang, which cannot retract half a prompt, gives the answer up. How often it
+    # runs full depends on when requests arrive, so SGLang also retracts at every 20th batch
     "small": (
         "released",
         {
             "max_total_tokens": 600,
-            "swa_full_tokens_ratio": 0.3455,
+            "swa_full_tokens_ratio": 0.52,
             "max_running_requests": 8,
             "environment": {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"},
         },
@@ -104,47 +105,22 @@ def info_of(output):
     return output["meta_info"]["entropyprune"][0]
 
 
-@pytest.mark.parametrize("name", ["released", "rows, no prefix cache, no overlap", "set-entropy"])
-def test_a_chunk_may_end_anywhere(name, engine):
+def test_chunks_smaller_than_a_picture_without_prefix_cache_and_overlap(engine):
     one, three = (PICTURES[0], NUMBER), (*PICTURES[1:4], STAR)
-    end = BEFORE + TOKENS
-    sizes = [1000, 40, BEFORE - 1, BEFORE, BEFORE + 1, TOKENS, end - 1, end, end + 1, 2 * end + 20]
+    session = engine("rows, no prefix cache, no overlap")
+    assert not inside(session)["overlap"]
     found = {}
-    session, method = engine(name), ENGINES[name][0]
-    for size in sizes:
-        # the smallest sizes cut the prompt's first picture, not all of them
-        contents = [one] if size <= BEFORE + 1 else [one, three]
+    for size in (BEFORE - 1, 40, BEFORE + TOKENS, CHUNK):
+        # the smallest size cuts one picture, not all of them
+        contents = [one] if size < BEFORE else [one, one, three, (STAR,)]
         session.engine.collective_rpc("set_chunk_size", size=size)
-        forget(session)
         with nothing_lost(session):
             outputs = ask(session, contents)
-        for content, output in zip(contents, outputs, strict=True):
-            found[size, len(content) - 1] = problems(output, expected(content, LAYER, KEEP, method))
-    assert inside(session)["counts"]["parts"] > 20, "hardly a chunk ended inside a picture"
-    assert not {key: what for key, what in found.items() if what}
-
-
-def test_a_warm_prefix_answers_as_a_cold_one(engine):
-    a, b, c = PICTURES[:3]
-    whole = BEFORE + TOKENS
-    # what is asked one after the other, and the least and most tokens that it finds cached
-    steps = {
-        "cold": ((a, NUMBER), 0, 0),
-        "another question": ((a, STAR), whole, whole + 2),
-        "the same again": ((a, NUMBER), whole + 2, whole + 20),
-        "the second picture is new": ((a, b, NUMBER), whole, whole + 2),
-        "another second picture": ((a, c, NUMBER), whole, whole + 2),
-        "two known pictures": ((a, b, STAR), whole + TOKENS, whole + TOKENS + 4),
-        "the same picture twice": ((a, a, NUMBER), whole, whole + 2),
-        "after another text": (("look:", a, NUMBER), 1, whole - TOKENS),
-        "only the text": ((NUMBER,), 1, BEFORE),
-    }
-    session = engine("released")
-    for name, (content, least, most) in steps.items():
-        with nothing_lost(session):
-            (output,) = ask(session, [content])
-        assert not problems(output, expected(content, LAYER, KEEP, "released")), name
-        assert least <= cached(output) <= most, f"{name}: {cached(output)} tokens were cached"
+        wrong = differences(outputs, contents, "rows")
+        found |= {(size, i): what for i, what in wrong.items()}
+        assert not any(map(cached, outputs))
+    assert inside(session)["counts"]["parts"] > TOKENS / BEFORE, "hardly a chunk ended in a picture"
+    assert not found
 
 
 @pytest.mark.parametrize("inside_it", [1, TOKENS // 2, TOKENS - 1])
@@ -164,49 +140,30 @@ def test_a_hit_that_ends_inside_a_picture_is_cut_back(inside_it, engine):
         assert [cached(output) for output in outputs[:3]] == [start] * 3, f"start {start}"
 
 
-def test_each_request_has_its_own_budget(engine):
-    picture = PICTURES[4]
-    asked = {  # what the request says, and the tokens that it keeps
-        "default": (None, KEEP),
-        "few": ({"keep": 8, "details": True}, 8),
-        "a share": ({"keep": 0.25, "details": True}, TOKENS // 4),
-        "off": ("off", TOKENS),
-        "false": (False, TOKENS),
-        "all": ({"keep": TOKENS, "details": True}, TOKENS),
-        "the server's own": ({"keep": KEEP, "details": True}, KEEP),
+def test_what_a_request_may_say_of_its_budget(engine):
+    content = (PICTURES[4], NUMBER)
+    said = {  # the tokens that it keeps, and whether one before it said the same
+        "nothing": (None, KEEP, False),
+        "the server's own": ({"keep": KEEP, "details": True}, KEEP, True),
+        "off": ("off", TOKENS, False),
+        "false": (False, TOKENS, True),
+        "all": ({"keep": TOKENS, "details": True}, TOKENS, False),
     }
-    shares = {"default": "the server's own", "off": "false"}
-    refused = {"too many": {"keep": 1000}, "unreadable": {"keep": "x"}, "unknown": {"layer": 3}}
-    wishes = [
-        *({"policy": policy} for policy, _ in asked.values()),
-        *({"policy": policy} for policy in refused.values()),
-    ]
+    refused = [{"keep": 1000}, {"keep": "x"}, {"layer": 3}]
     session = engine("released")
-
-    def check(outputs, content, when):
-        for (name, (_, keep)), output in zip(asked.items(), outputs, strict=False):
-            layer = None if keep == TOKENS else LAYER
-            wrong = problems(output, expected(content, layer, keep, "released"))
-            assert not wrong, f"{when}, {name}: {wrong}"
-        for name, output in zip(refused, outputs[len(asked) :], strict=False):
-            assert isinstance(output, str), f"{when}, {name}: accepted"
-            assert "keep" in output or "layer" in output, f"{when}, {name}: {output}"
-
-    # one after the other: nobody finds what another budget left there
-    seen = []
-    for name, wish in zip(asked, wishes, strict=False):
+    for name, (policy, keep, known) in said.items():
         with nothing_lost(session):
-            (output,) = ask(session, [(picture, NUMBER)], [wish])
-        known = any(name in pair and set(pair) & set(seen) for pair in shares.items())
-        assert (cached(output) > 0) == known, f"{name} found {cached(output)} tokens after {seen}"
-        seen.append(name)
-    for when, question in (("warm", STAR), ("warm again", NUMBER), ("cold", NUMBER)):
-        if when == "cold":
-            forget(session)
-        content = (picture, question)
-        with nothing_lost(session):
-            outputs = wait(session, each(session, [content] * len(wishes), wishes))
-        check(outputs, content, when)
+            (output,) = ask(session, [content], [{"policy": policy}])
+        layer = None if keep == TOKENS else LAYER
+        assert not problems(output, expected(content, layer, keep, "released")), name
+        assert (cached(output) > 0) == known, f"{name} found {cached(output)} tokens"
+    wishes = [{"policy": policy} for policy in [*refused, None]]
+    with nothing_lost(session):
+        *outputs, good = wait(session, each(session, [content] * len(wishes), wishes))
+    for policy, output in zip(refused, outputs, strict=True):
+        assert isinstance(output, str), f"{policy} was accepted"
+        assert "keep" in output or "layer" in output, f"{policy}: {output}"
+    assert not differences([good], [content]), "beside refused requests"
 
 
 def test_logprobs_of_the_prompt_switch_pruning_off_for_that_request(engine):
@@ -286,42 +243,18 @@ def test_aborted_requests_leave_nothing_behind(engine):
         (gone,) = wait(session, each(session, [(b, c, d, NUMBER)], [{}], ["gone"]))
     assert aborted(gone), f"it was answered: {gone}"
     assert inside(session)["counts"]["aborted after a picture"] == 1
-    # while they decode
     session.engine.collective_rpc("set_chunk_size", size=CHUNK)
-    forget(session)
-    with nothing_lost(session):
-        gone, outputs = wait(
-            session,
-            abort_when(
-                lambda told: told["running"] >= 3,
-                [(b, NUMBER), (a, b, STAR), (NUMBER,)],
-                [{"max_new_tokens": 800}] * 3,
-            ),
-        )
-    assert all(map(aborted, gone)), f"one was answered: {gone}"
-    assert not differences(outputs, good), "beside aborted decodes"
     with nothing_lost(session):
         contents = [(b, c, d, NUMBER), (b, NUMBER), (a, b, STAR), *good]
         outputs = ask(session, contents)
     assert not differences(outputs, contents), "after aborts"
 
 
-def test_without_prefix_cache_and_overlap(engine):
-    a, b, c = PICTURES[:3]
-    session = engine("rows, no prefix cache, no overlap")
-    assert not inside(session)["overlap"]
-    contents = [(a, NUMBER), (a, NUMBER), (a, b, STAR), (STAR,), (a, b, c, NUMBER), (a, STAR)]
-    with nothing_lost(session):
-        outputs = ask(session, contents)
-    assert not differences(outputs, contents, "rows")
-    assert not any(map(cached, outputs))
-
-
 def test_what_the_kept_pool_cannot_hold_does_not_block_the_server(engine):
-    """600 tokens fit below layer K, 207 kept ones: nobody waits for what will never fit."""
+    """600 tokens fit below layer K, 312 kept ones: nobody waits for what will never fit."""
     hangs = {
-        "a long text": ("is there a red star? " * 36, 8),  # 225 tokens
-        "a long answer": ("is there a red star?", 220),
+        "a long text": ("is there a red star? " * 54, 8),  # 333 tokens
+        "a long answer": ("is there a red star?", 330),
     }
     session = engine("small")
     for name, (text, tokens) in hangs.items():
@@ -332,10 +265,10 @@ def test_what_the_kept_pool_cannot_hold_does_not_block_the_server(engine):
                     session,
                     [(text,), ("how many circles?",)],
                     [{"max_new_tokens": tokens}, {"max_new_tokens": 4}],
-                    seconds=30,
+                    seconds=120,
                 ),
             )
-        assert "no answer in 30 s" not in (first, second), name
+        assert "no answer in 120 s" not in (first, second), name
         assert second["meta_info"]["finish_reason"]["type"] == "length", name
         if name == "a long text":
             assert "--swa-full-tokens-ratio" in first, first
@@ -347,7 +280,7 @@ def test_a_kept_pool_smaller_than_the_prompt(engine):
     for when in ("cold", "warm"):
         with nothing_lost(session):
             (output,) = ask(session, [content])
-        assert output["meta_info"]["prompt_tokens"] > 2 * 207
+        assert output["meta_info"]["prompt_tokens"] > 312
         assert not differences([output], [content]), when
 
 
