@@ -104,6 +104,7 @@ def tiny_internvl(
 
     image_processor = PIXELS | {
         "image_processor_type": "GotOcr2ImageProcessor",
+        "resample": 2,  # bilinear: Pillow and torchvision make the same thumbnail
         "size": {"height": side, "width": side},
         "crop_to_patches": True,
         "min_patches": 1,
