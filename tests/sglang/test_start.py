@@ -10,6 +10,7 @@ import pytest
 
 import ep_backends.sglang
 from ep_backends.sglang import ledger, plugin
+from ep_conformance.checkpoints import tiny_internvl
 from ep_core import demo
 from ep_core.errors import UnsupportedError
 from ep_core.patching import check_point
@@ -188,6 +189,13 @@ def test_policy_that_cannot_work_is_refused(policy, message, monkeypatch):
     monkeypatch.setenv("ENTROPYPRUNE", policy)
     with pytest.raises(UnsupportedError, match=message):
         resolve()
+
+
+def test_model_that_sglang_runs_with_transformers_code_is_refused(tmp_path, monkeypatch):
+    resolve()
+    monkeypatch.setenv("ENTROPYPRUNE", "layer=2,keep=0.25")
+    with pytest.raises(UnsupportedError, match="runs InternVLForConditionalGeneration with"):
+        resolve(model_path=str(tiny_internvl(tmp_path / "model")))
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,13 @@ USED = (
         "never",
     ),
     AttachPoint(
+        "sglang.srt.model_loader.utils:get_resolved_model_impl",
+        ("model_config",),
+        "a model that SGLang would run with transformers' code is refused before anything starts",
+        "public function",
+        "never",
+    ),
+    AttachPoint(
         "sglang.srt.arg_groups.overrides:declare_resolution",
         ("server_args", "source"),
         "how a resolution hook sets an argument",
@@ -313,6 +320,14 @@ def check_model(config: Any, adapter: ModelAdapter, config_json: dict[str, Any])
         raise UnsupportedError("a decoder with sliding-window attention is not supported")
     if adapter.query_norm(config_json):
         raise UnsupportedError("a decoder that normalises its queries is not supported in SGLang")
+    from sglang.srt.model_loader.utils import get_resolved_model_impl
+
+    # what was asked for is refused with the arguments; this is SGLang's own fallback
+    if config.model_impl in FINE["model_impl"][0] and get_resolved_model_impl(config) != "sglang":
+        raise UnsupportedError(
+            f"SGLang {TESTED} runs {config.hf_config.architectures[0]} with transformers' model "
+            "code, which the hooks do not fit"
+        )
 
 
 def check_decoder(layers: Any, layer: int) -> None:
