@@ -191,6 +191,9 @@ class Backend(Protocol):
     def versions(self) -> Mapping[str, str]:
         """Versions of the engine and of what its results depend on."""
 
+    def attention(self, device: str) -> str:
+        """Name of the attention kernels that a session on this device uses."""
+
     def probe(self) -> Sequence[PointStatus]:
         """Each place where the backend reaches into its host, checked, without starting it."""
 

@@ -102,12 +102,11 @@ class Expected:
 
     def to_json(self, answer: Answer) -> dict[str, Any]:
         """What a recording keeps of an answer: enough to compare it with another engine's."""
-        scores = [[_short(score) for score in own] for own in self.result.scores or ()]
         return {
             "output_ids": list(answer.output_ids),
             "reason": answer.reason,
             "spans": [span.to_json() for span in answer.spans],
-            "scores": scores or None,
+            "scores": shorten(self.result.scores),
         }
 
     def _explain(self, kept: Sequence[Sequence[int]]) -> None:
@@ -149,9 +148,11 @@ class Expected:
         )
 
 
-def _short(score: float) -> float | None:
-    """Seven digits, as float32 has them; JSON knows no NaN."""
-    return float(f"{score:.7g}") if math.isfinite(score) else None
+def shorten(scores: Sequence[Sequence[float]] | None) -> list[list[float | None]] | None:
+    """Scores by picture and token with seven digits, as float32 has them; JSON knows no NaN."""
+    if scores is None:
+        return None
+    return [[float(f"{s:.7g}") if math.isfinite(s) else None for s in own] for own in scores]
 
 
 @cache

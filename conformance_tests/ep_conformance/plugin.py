@@ -1,11 +1,11 @@
-"""The pytest side of the suite: the backend under test, the header, skips by capability."""
+"""The pytest side of the suite: the backend under test, the header, skips, the recording."""
 
 from __future__ import annotations
 
-import os
-import platform
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +17,11 @@ from ep_conformance.checkpoints import (
     tiny_qwen2_5_vl,
     tiny_qwen2_vl,
 )
+from ep_conformance.expected_failures import read_expected_failures, stale
+from ep_conformance.recording import Conditions, Outcome, Recording
 from ep_core.backend import Backend
+from ep_core.errors import EntropyPruneError
 from ep_core.plugins import registry
-from ep_core.policy import ENV
 
 
 class Workshop:
@@ -54,57 +56,120 @@ class Workshop:
         return path
 
 
-@dataclass(frozen=True)
-class UnderTest:
-    """The backend under test and where it runs."""
+@dataclass
+class Run:
+    """The backend under test, where it runs, and what happened so far."""
 
     name: str
     backend: Backend
     device: str
+    recording: Recording
+    expected_failures: Mapping[str, str]
 
 
-KEY = pytest.StashKey[UnderTest]()
+KEY = pytest.StashKey[Run]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What `python -m ep_conformance` passes on."""
     parser.addoption("--backend", required=True)
     parser.addoption("--device", default="cpu")
+    parser.addoption("--record", type=Path)
+    parser.addoption("--expected-failures", type=Path)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Load the backend; declare the marker that names what a test needs."""
-    name = config.getoption("--backend")
+    """Load the backend and the expected failures; declare the suite's markers."""
+    name, device = config.getoption("--backend"), config.getoption("--device")
+    failures = config.getoption("--expected-failures")
     try:
         backend = registry().backend(name).load()
+        expected = {} if failures is None else read_expected_failures(failures)
     except ImportError as error:
         raise pytest.UsageError(f"backend {name!r} is not installed here: {error}") from None
-    config.stash[KEY] = UnderTest(name, backend, config.getoption("--device"))
+    except (EntropyPruneError, OSError, ValueError) as error:
+        raise pytest.UsageError(str(error)) from None
+    recording = Recording(Conditions.of(name, backend, device))
+    config.stash[KEY] = Run(name, backend, device, recording, expected)
     config.addinivalue_line("markers", "needs(capability): skip without the capability")
+    config.addinivalue_line("markers", "row(name): where the test stands in the support matrix")
+    # tiny tensors: waiting for a second thread at every operation costs more than it gives
+    torch.set_num_threads(1)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say what is under test, and under which conditions."""
-    under = config.stash[KEY]
-    versions = ", ".join(f"{name} {v}" for name, v in under.backend.versions().items())
-    able = [name for name, value in vars(under.backend.capabilities).items() if value]
-    settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(ENV)]
-    where = torch.cuda.get_device_name() if under.device == "cuda" else platform.machine()
-    return [
-        f"backend: {under.name} ({versions})",
-        f"device: {under.device} ({where}), dtype: as stored (level 1), float32 (level 2)",
-        f"capabilities: {', '.join(able)}",
-        f"environment: {', '.join(settings) or f'no {ENV}* variable is set'}",
-    ]
+    return config.stash[KEY].recording.conditions.lines()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the failures that are expected."""
+    for item in items:
+        if reason := config.stash[KEY].expected_failures.get(item.nodeid):
+            item.add_marker(pytest.mark.xfail(reason=reason))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip, with the reason, what the backend does not claim to do."""
-    under = item.config.stash[KEY]
+    run = item.config.stash[KEY]
     needed = [name for mark in item.iter_markers("needs") for name in mark.args]
-    for name in (under.device, *needed):
-        if not getattr(under.backend.capabilities, name):
-            pytest.skip(f"backend {under.name} has no capability {name!r}")
+    for name in (run.device, *needed):
+        if not getattr(run.backend.capabilities, name):
+            pytest.skip(f"no capability {name!r}")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Record how a test ended, and what the engine answered in it."""
+    report = yield
+    if report.when == "call" or report.outcome != "passed":
+        (row,) = [mark.args[0] for mark in item.iter_markers("row")]
+        answers: Any = dict(item.user_properties).get("answers", [])
+        outcome = Outcome(report.outcome, row, answers=answers)
+        if hasattr(report, "wasxfail") and report.outcome == "skipped":
+            outcome.outcome, outcome.reason = "xfailed", report.wasxfail
+        elif isinstance(report.longrepr, tuple):
+            outcome.reason = report.longrepr[2].removeprefix("Skipped: ")
+        item.config.stash[KEY].recording.outcomes[item.nodeid] = outcome
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the recording; expected failures that did not happen fail the run."""
+    run = session.config.stash[KEY]
+    if path := session.config.getoption("--record"):
+        run.recording.write(path)
+    if session.exitstatus == pytest.ExitCode.OK and _stale(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """List what did not run, by reason, and expected failures that went stale."""
+    by_reason: dict[str, list[str]] = {}
+    for name, outcome in config.stash[KEY].recording.outcomes.items():
+        if outcome.outcome in ("skipped", "xfailed"):
+            by_reason.setdefault(f"{outcome.outcome}: {outcome.reason}", []).append(name)
+    if by_reason:
+        terminalreporter.section("skipped and expected failures")
+    for reason, names in by_reason.items():
+        terminalreporter.line(reason)
+        for name in names:
+            terminalreporter.line(f"  {name}")
+    if lines := _stale(config):
+        terminalreporter.section("expected failures that are stale", red=True)
+        for line in lines:
+            terminalreporter.line(line)
+
+
+def _stale(config: pytest.Config) -> list[str]:
+    run = config.stash[KEY]
+    files = {Path(argument).name for argument in config.args}
+    outcomes = {name: outcome.outcome for name, outcome in run.recording.outcomes.items()}
+    return stale(run.expected_failures, outcomes, files)
 
 
 @pytest.fixture(scope="session")

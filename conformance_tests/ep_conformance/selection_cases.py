@@ -128,13 +128,21 @@ def expected(
     tensor: torch.Tensor, method: str, spans: Sequence[tuple[int, int]], keep: Sequence[int]
 ) -> tuple[tuple[int, ...], ...]:
     """The oracle's choice for each span."""
-    values = tensor.double().numpy()
-    if method == "set-entropy":
+    own = scores(tensor, method, spans)
+    if own is None:
+        values = tensor.double().numpy()
         return tuple(tuple(keep_set(values[a:b], k)) for (a, b), k in zip(spans, keep, strict=True))
-    return tuple(
-        tuple(keep_best([token_score(values[t], method) for t in range(a, b)], k))
-        for (a, b), k in zip(spans, keep, strict=True)
-    )
+    return tuple(tuple(keep_best(each, k)) for each, k in zip(own, keep, strict=True))
+
+
+def scores(
+    tensor: torch.Tensor, method: str, spans: Sequence[tuple[int, int]]
+) -> list[list[float]] | None:
+    """The oracle's scores of each span's tokens; a set selection has none."""
+    if method == "set-entropy":
+        return None
+    values = tensor.double().numpy()
+    return [[token_score(values[t], method) for t in range(a, b)] for a, b in spans]
 
 
 def _is_robust(tensor: torch.Tensor, case: SelectionCase, scale: float) -> bool:
@@ -179,7 +187,7 @@ def _recipes() -> Iterator[Recipe]:
     )
     yield Recipe(
         "zero-tokens",
-        ("rows", "trace"),
+        SCORES,
         one,
         (9,),
         _zeroed(_queries(24, 8, 32, "float16")),

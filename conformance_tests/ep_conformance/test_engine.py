@@ -15,6 +15,14 @@ from ep_core.backend import Answer, Backend, KVSlots, Request
 from ep_core.errors import UnsupportedError
 
 NEW_TOKENS = 6
+ROWS = {
+    "demo": "Qwen2.5-VL, trained",
+    "qwen-gqa": "Qwen2.5-VL, 6 heads on 2",
+    "qwen-odd": "Qwen2.5-VL, 9 heads on 3",
+    "qwen2-vl": "Qwen2-VL",
+    "internvl": "InternVL3",
+    "llava": "LLaVA-1.5",
+}
 SIZES = {"llava": [(112, 112)], "internvl": [(224, 112), (112, 112), (224, 224)]}
 TEXTS = ("what number is written?", "how many circles?", "is there a red star?", "and where?")
 
@@ -61,14 +69,15 @@ CASES = [
 ]
 
 
-def needs(case: EngineCase) -> list[pytest.MarkDecorator]:
-    """The capabilities that a case takes."""
+def marks(case: EngineCase) -> list[pytest.MarkDecorator]:
+    """The capabilities that a case takes, and where it stands in the matrix."""
+    row = pytest.mark.row(ROWS[case.checkpoint])
     batch = [pytest.mark.needs("batch")] if len(case.pictures) > 1 else []
-    return batch + ([pytest.mark.needs("multi_image")] if max(case.pictures) > 1 else [])
+    return [row, *batch, *([pytest.mark.needs("multi_image")] if max(case.pictures) > 1 else [])]
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, id=str(case), marks=needs(case)) for case in CASES]
+    "case", [pytest.param(case, id=str(case), marks=marks(case)) for case in CASES]
 )
 def test_engine_matches_oracle(
     case: EngineCase,

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from ep_conformance.selection_cases import SelectionCase, stored_cases, stored_tensors
+from ep_conformance.comparison import shorten
+from ep_conformance.selection_cases import SelectionCase, scores, stored_cases, stored_tensors
 from ep_core.backend import Backend
+from ep_core.report import SpanRecord
 from ep_core.spans import VisualSpan
 
+CASES = [
+    pytest.param(case, id=case.name, marks=pytest.mark.row(f"selection: {case.method}"))
+    for case in stored_cases()
+]
 
-@pytest.mark.parametrize("case", stored_cases(), ids=lambda case: case.name)
-def test_kept_indices(case: SelectionCase, backend: Backend, device: str) -> None:
+
+@pytest.mark.parametrize("case", CASES)
+def test_kept_indices(
+    case: SelectionCase,
+    backend: Backend,
+    device: str,
+    record_property: Callable[[str, object], None],
+) -> None:
     """The backend keeps exactly the stored tokens of every span."""
     tensor = stored_tensors()[case.tensor]
     kept = backend.select(
@@ -22,6 +36,12 @@ def test_kept_indices(case: SelectionCase, backend: Backend, device: str) -> Non
         device=device,
     )
     assert len(kept) == len(case.spans), f"{len(kept)} spans answered, {len(case.spans)} asked"
+    spans = [
+        SpanRecord(*span, tuple(actual)).to_json()
+        for span, actual in zip(case.spans, kept, strict=True)
+    ]
+    own = shorten(scores(tensor, case.method, case.spans))
+    record_property("answers", [{"spans": spans, "scores": own}])
     for span, expected, actual in zip(case.spans, case.kept, kept, strict=True):
         missing, extra = set(expected) - set(actual), set(actual) - set(expected)
         assert list(actual) == list(expected), (

@@ -61,6 +61,10 @@ class LMDeployBackend:
         """Versions of what the results depend on."""
         return {name: version(name) for name in ("lmdeploy", "torch", "transformers")}
 
+    def attention(self, device: str) -> str:
+        """LMDeploy's Triton kernels, or what stands in for them."""
+        return "triton" if device == "cuda" else "stand-in for triton"
+
     def probe(self) -> Sequence[PointStatus]:
         """Check each attach point against the installed LMDeploy."""
         from ep_backends.lmdeploy.ledger import POINTS

@@ -71,6 +71,10 @@ class SGLangBackend:
         """Versions of what the results depend on."""
         return {name: version(name) for name in ("sglang", "torch", "transformers")}
 
+    def attention(self, device: str) -> str:
+        """What the plugin chooses where nothing is set."""
+        return str(CPU_ARGUMENTS["attention_backend"]) if device == "cpu" else "triton"
+
     def probe(self) -> Sequence[PointStatus]:
         """Check each attach point against the installed SGLang."""
         from ep_backends.sglang.ledger import POINTS

@@ -24,6 +24,8 @@ from ep_core.policy import PruningPolicy
 from ep_core.report import RequestRecord
 from ep_core.spans import VisualSpan
 
+ATTENTION = "sdpa"
+
 
 class TransformersBackend:
     """Plain transformers in this process."""
@@ -40,6 +42,10 @@ class TransformersBackend:
     def versions(self) -> Mapping[str, str]:
         """Versions of what the results depend on."""
         return {"transformers": version("transformers"), "torch": version("torch")}
+
+    def attention(self, device: str) -> str:
+        """That of `attn_implementation`, everywhere."""
+        return ATTENTION
 
     def probe(self) -> Sequence[PointStatus]:
         """Check each attach point against the installed transformers."""
@@ -94,7 +100,9 @@ class TransformersSession:
         check_placement(device, dtype)
         try:
             self.model = transformers.AutoModelForImageTextToText.from_pretrained(
-                model, dtype="auto" if dtype is None else getattr(torch, dtype)
+                model,
+                dtype="auto" if dtype is None else getattr(torch, dtype),
+                attn_implementation=ATTENTION,
             )
             self.processor = load_processor(model)
         except Exception as error:  # a damaged checkpoint can raise anything

@@ -1,0 +1,371 @@
+"""Backends with a planted defect: the suite's own command line must fail, in the test meant for it.
+
+Levels 1 and 2 get the transformers backend with one thing broken inside. For level 3 there is a
+server to break: it answers one request after the other, and claims what engines that serve can do.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ep_conformance.__main__ as suite
+import ep_conformance.plugin
+from ep_backends.transformers import enable, pruner
+from ep_backends.transformers.backend import TransformersBackend, TransformersSession
+from ep_conformance.recording import Recording
+from ep_conformance.selection_cases import tf32_rounded
+from ep_core import plugins
+from ep_core.backend import Answer, BackendSpec, Capabilities, Request, Serving
+from ep_core.policy import PruningPolicy
+from ep_core.spans import VisualSpan
+
+Choose = Any
+
+
+class Broken(TransformersBackend):
+    """The transformers backend with a planted defect."""
+
+    def __init__(self, defect: str | None) -> None:
+        self.defect = defect
+
+    def select(
+        self,
+        method: str,
+        spans: Sequence[VisualSpan],
+        keep: Sequence[int],
+        *,
+        queries: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+        device: str = "cpu",
+    ) -> list[list[int]]:
+        given = {"queries": queries, "hidden": hidden}
+        tensor = queries if hidden is None else hidden
+        assert tensor is not None
+        if self.defect == "ties to the highest index":
+            last = len(tensor) - 1
+            given = {name: None if t is None else t.flip(0) for name, t in given.items()}
+            mirrored = [VisualSpan(last + 1 - s.stop, last + 1 - s.start) for s in spans]
+            kept = super().select(method, mirrored, keep, **given)
+            return [sorted(len(s) - 1 - i for i in own) for s, own in zip(spans, kept, strict=True)]
+        if self.defect == "off by one span":
+            spans = [VisualSpan(max(0, s.start - 1), s.stop - 1) for s in spans]
+        if self.defect == "top-k across images":
+            tokens = [t for s in spans for t in range(s.start, s.stop)]
+            given = {name: None if t is None else t[tokens] for name, t in given.items()}
+            (kept,) = super().select(method, [VisualSpan(0, len(tokens))], [sum(keep)], **given)
+            chosen = {tokens[i] for i in kept}
+            return [[t - s.start for t in range(s.start, s.stop) if t in chosen] for s in spans]
+        if self.defect == "TF32 score" and queries is not None:
+            given["queries"] = tf32_rounded(queries)
+        if self.defect == "local heads" and queries is not None:
+            given["queries"] = queries[:, : queries.shape[1] // 2]
+        if self.defect == "not finite first":
+            given = {
+                name: None if t is None else t.nan_to_num(1e4, 1e4, -1e4)
+                for name, t in given.items()
+            }
+        return super().select(method, spans, keep, **given)
+
+    def open(self, model: Path, policy: PruningPolicy | None, **options: Any) -> Any:
+        session = super().open(model, policy, **options)
+        if session.pruning is not None and self.defect == "off by one span":
+            adapter = session.pruning._adapter
+
+            def shifted(config: Any, ids: Sequence[int]) -> list[VisualSpan]:
+                spans = adapter.find_spans(config, ids)
+                return [VisualSpan(span.start - 1, span.stop - 1) for span in spans]
+
+            session.pruning._adapter = replace(adapter, find_spans=shifted)
+        return session
+
+
+class Server(Broken):
+    """Serves in a plain way what level 3 is about, with a planted defect."""
+
+    capabilities = Capabilities(
+        **dict.fromkeys(
+            ["batch", "multi_image", "cpu", "request_budget", "abort", "chunked_prefill"], True
+        ),
+        prefix_cache=True,
+        preemption=True,
+    )
+
+    def open(
+        self,
+        model: Path,
+        policy: PruningPolicy | None,
+        *,
+        device: str = "cpu",
+        dtype: str | None = None,
+        serving: Serving | None = None,
+    ) -> "ServerSession":
+        return ServerSession(model, policy, dtype, serving or Serving(), self.defect)
+
+
+class ServerSession(TransformersSession):
+    """Answers one request after the other; `defect` says what goes wrong."""
+
+    def __init__(
+        self,
+        model: Path,
+        policy: PruningPolicy | None,
+        dtype: str | None,
+        serving: Serving,
+        defect: str | None,
+    ) -> None:
+        super().__init__(model, None, "cpu", dtype)
+        self._policy, self._serving, self._defect = policy, serving, defect
+        self._seen: list[tuple[PruningPolicy | None, list[Any]]] = []
+        self._held = 0
+        if policy is None and defect == "no policy prunes":
+            self._policy = PruningPolicy.parse("layer=2,keep=0.5")
+
+    def held_slots(self) -> int:
+        return self._held
+
+    def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        answers = [self._answer(request) for request in requests]
+        if self._defect == "the shortest comes first":
+            answers.sort(key=lambda answer: len(answer.output_ids))
+        if self._defect == "who leaves takes others along" and answers[0] != answers[-1]:
+            cut = min(len(answer.output_ids) for answer in answers)
+            if any(request.leave_after for request in requests):
+                answers = [replace(a, output_ids=a.output_ids[:cut]) for a in answers]
+        return answers
+
+    def _answer(self, request: Request) -> Answer:
+        policy = self._policy
+        if request.budget == "off" and self._defect != "off prunes":
+            policy = None
+        elif request.budget not in (None, "off") and self._defect != "one budget for all":
+            assert policy is not None
+            policy = replace(policy, budget=request.budget)
+        plain = Request(request.content, request.max_new_tokens)
+        if policy is None:
+            (answer,) = super().generate([plain])
+        else:
+            self.pruning = enable(self.model, policy)
+            try:
+                (answer,) = super().generate([plain])
+            finally:
+                self.pruning.disable()
+                self.pruning = None
+        cached = self._cached(request, policy, answer) if self._serving.prefix_cache else 0
+        chunk, left = self._serving.prefill_chunk, request.leave_after
+        new = answer.prompt_tokens - cached
+        answer = replace(
+            answer,
+            logits=None,
+            output_ids=answer.output_ids[:left],
+            cached_tokens=cached,
+            chunks=-(-new // chunk) if chunk and self._defect != "chunks are not made" else 1,
+            preempted=int(bool(self._serving.kv_tokens) and self._defect != "room for everyone"),
+        )
+        if left and self._defect == "who leaves keeps slots":
+            self._held += 3
+        if answer.preempted and not left and self._defect == "preempted, it loses a token":
+            answer = replace(answer, output_ids=(*answer.output_ids[:1], *answer.output_ids[2:]))
+        return answer
+
+    def _cached(self, request: Request, policy: PruningPolicy | None, answer: Answer) -> int:
+        """Tokens of the prompt that an earlier one starts with, under the same policy."""
+        ids: list[Any] = self._encode([request])["input_ids"][0].tolist()
+        pictures = [part for part in request.content if isinstance(part, Path)]
+        for span, picture in zip(self._spans(ids), pictures, strict=True):
+            ids[span.start : span.stop] = [picture] * len(span)
+        most = 0
+        for other, seen in self._seen:
+            if other == policy or self._defect == "budgets share prefixes":
+                pairs = zip(ids[:-1], seen, strict=False)
+                same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(ids) - 1)
+                most = max(most, min(same, len(seen)))
+        self._seen.append((policy, ids))
+        return most
+
+
+def stale(original: Choose) -> Choose:
+    """Keep what was kept at that place before."""
+    before: dict[tuple[VisualSpan, int], torch.Tensor] = {}
+
+    def choose(selector: Any, rows: Sequence[Any], **tensors: Any) -> None:
+        original(selector, rows, **tensors)
+        for row in rows:
+            places = zip(row.spans, row.keep, strict=True)
+            row.kept = [
+                before.setdefault(place, kept)
+                for place, kept in zip(places, row.kept, strict=bool(row.kept))
+            ]
+
+    return choose
+
+
+def by_chunk(original: Choose) -> Choose:
+    """Select from the part of a picture that a pass of 32 tokens brings, not from all of it."""
+
+    def choose(selector: Any, rows: Sequence[Any], **tensors: Any) -> None:
+        original(selector, rows, **tensors)
+        for b, row in enumerate(rows):
+            for i, (span, keep) in enumerate(zip(row.spans, row.keep, strict=True)):
+                cut = -(-span.start // 32) * 32
+                if not row.kept or not span.start < cut < span.stop:
+                    continue
+                first = min(keep, cut - span.start, max(1, keep * (cut - span.start) // len(span)))
+                if keep - first > span.stop - cut or first == keep:
+                    continue
+                parts = [VisualSpan(span.start, cut), VisualSpan(cut, span.stop)]
+                part = pruner.Row(parts, [first, keep - first])
+                cutout = {k: None if t is None else t[b : b + 1] for k, t in tensors.items()}
+                original(selector, [part], **cutout)
+                row.kept = [*row.kept]
+                row.kept[i] = torch.cat([part.kept[0], part.kept[1] + cut - span.start])
+
+    return choose
+
+
+def by_first_row(original: Choose) -> Choose:
+    """Select in every row by the queries and states of the first."""
+
+    def choose(selector: Any, rows: Sequence[Any], **tensors: Any) -> None:
+        first = {k: None if t is None else t[:1].expand_as(t) for k, t in tensors.items()}
+        original(selector, rows, **first)
+
+    return choose
+
+
+def across_pictures(original: Choose) -> Choose:
+    """One top-k over all pictures of a prompt."""
+
+    def choose(selector: Any, rows: Sequence[Any], **tensors: Any) -> None:
+        original(selector, rows, **tensors)
+        for b, row in enumerate(rows):
+            if not row.dropped:
+                continue
+            tokens = torch.cat([torch.arange(span.start, span.stop) for span in row.spans])
+            joined = pruner.Row([VisualSpan(0, len(tokens))], [sum(row.keep)])
+            pooled = {k: None if t is None else t[b : b + 1, tokens] for k, t in tensors.items()}
+            original(selector, [joined], **pooled)
+            chosen = tokens[joined.kept[0]]
+            row.kept = [
+                chosen[(chosen >= span.start) & (chosen < span.stop)] - span.start
+                for span in row.spans
+            ]
+            row.keep = [len(kept) for kept in row.kept]
+
+    return choose
+
+
+def renumbered(original: Any) -> Any:
+    """Give kept tokens the positions 0, 1, 2, ... of a prompt that was short from the start."""
+    return lambda value, index: original(
+        value, index - index + torch.arange(index.shape[1]) if isinstance(value, tuple) else index
+    )
+
+
+@contextmanager
+def planted(name: str | None) -> Iterator[None]:
+    """The defect inside the transformers backend."""
+    places = {
+        "stale after a prefix hit": ("choose", stale),
+        "each chunk by itself": ("choose", by_chunk),
+        "everyone as the first": ("choose", by_first_row),
+        "top-k across images": ("choose", across_pictures),
+        "re-indexed positions": ("_take", renumbered),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        if name in places:
+            attribute, breaks = places[name]
+            patch.setattr(pruner, attribute, breaks(getattr(pruner, attribute)))
+        yield
+
+
+def run(
+    backend: Broken, folder: Path, monkeypatch: pytest.MonkeyPatch, *choice: str
+) -> dict[str, str]:
+    """Run the suite's command line on a backend: how each test ended, by id."""
+    real = plugins.registry()
+    spec = BackendSpec("broken", "a planted defect", lambda: backend)
+    registry = replace(real, backends={**real.backends, "broken": spec})
+    for module in (suite, ep_conformance.plugin):
+        monkeypatch.setattr(module, "registry", lambda: registry)
+    path = folder / "recording.json"
+    with planted(backend.defect):
+        status = suite.main(["--backend", "broken", "--record", str(path), *choice])
+    outcomes = {name: each.outcome for name, each in Recording.read(path).outcomes.items()}
+    assert status == int("failed" in outcomes.values())
+    return outcomes
+
+
+@pytest.mark.parametrize(("kind", "level"), [(Broken, "1,2"), (Server, "3")])
+def test_without_a_defect_everything_passes(kind, level, tmp_path, monkeypatch):
+    outcomes = run(kind(None), tmp_path, monkeypatch, "--level", level)
+    assert set(outcomes.values()) == {"passed"}
+
+
+@pytest.mark.parametrize(
+    ("defect", "caught_by"),
+    [
+        ("ties to the highest index", "identical-patches-rows"),
+        ("ties to the highest index", "set-all-alike-set-entropy"),
+        ("off by one span", "heads32x128-bfloat16-released"),
+        ("top-k across images", "three-pictures-trace"),
+        ("top-k across images", "set-three-pictures-set-entropy"),
+        ("TF32 score", "close-calls-rows"),
+        ("local heads", "heads32x128-bfloat16-released"),
+        ("not finite first", "non-finite-rows"),
+        ("not finite first", "set-non-finite-set-entropy"),
+    ],
+)
+def test_level_1_catches(defect, caught_by, tmp_path, monkeypatch):
+    test = f"test_selection.py::test_kept_indices[{caught_by}]"
+    assert run(Broken(defect), tmp_path, monkeypatch, "--test", test) == {test: "failed"}
+
+
+@pytest.mark.parametrize(
+    ("defect", "caught_by"),
+    [
+        ("off by one span", "demo-1pictures-layer=1,keep=0.11,method=released"),
+        ("top-k across images", "qwen-gqa-3pictures-layer=3,keep=0.5,method=set-entropy"),
+        ("re-indexed positions", "demo-1pictures-layer=1,keep=0.11,method=released"),
+        ("re-indexed positions", "llava-1pictures-layer=3,keep=0.5,method=set-entropy"),
+        ("everyone as the first", "llava-1+2pictures-layer=1,keep=16,method=trace"),
+    ],
+)
+def test_level_2_catches(defect, caught_by, tmp_path, monkeypatch):
+    test = f"test_engine.py::test_engine_matches_oracle[{caught_by}]"
+    assert run(Broken(defect), tmp_path, monkeypatch, "--test", test) == {test: "failed"}
+
+
+@pytest.mark.parametrize(
+    ("defect", "caught_by"),
+    [
+        ("stale after a prefix hit", "test_prefix_hit_as_cold"),
+        ("the shortest comes first", "test_order_of_requests[1]"),
+        ("each chunk by itself", "test_chunked_as_whole"),
+        ("chunks are not made", "test_chunked_as_whole"),
+        ("room for everyone", "test_preempted_as_undisturbed"),
+        ("preempted, it loses a token", "test_preempted_as_undisturbed"),
+        ("one budget for all", "test_budgets_side_by_side"),
+        ("budgets share prefixes", "test_budgets_side_by_side"),
+        ("off prunes", "test_off_is_untouched"),
+        ("who leaves keeps slots", "test_who_leaves_takes_nothing_along"),
+        ("who leaves takes others along", "test_who_leaves_takes_nothing_along"),
+        ("no policy prunes", "test_no_policy_is_untouched"),
+    ],
+)
+def test_level_3_catches(defect, caught_by, tmp_path, monkeypatch):
+    test = f"test_serving.py::{caught_by}"
+    assert run(Server(defect), tmp_path, monkeypatch, "--test", test) == {test: "failed"}
+
+
+def test_a_failure_that_is_expected_does_not_fail_the_run(tmp_path, monkeypatch):
+    test = "test_selection.py::test_kept_indices[identical-patches-rows]"
+    known = tmp_path / "failures.txt"
+    known.write_text(f"{test}  ties go to the highest index\n")
+    backend = Broken("ties to the highest index")
+    choice = ("--test", test, "--expected-failures", str(known))
+    assert run(backend, tmp_path, monkeypatch, *choice) == {test: "xfailed"}
