@@ -21,6 +21,7 @@ from ep_backends.lmdeploy.kv import kv_ratio
 from ep_backends.lmdeploy.ledger import check_decoder
 from ep_backends.lmdeploy.plugin import group_cache, settings_of
 from ep_backends.lmdeploy.prefill import DROPPED, PAGES_BELOW, Pruner
+from ep_backends.refusals import refusing
 
 
 class PrunedModel:
@@ -39,7 +40,8 @@ class PrunedModel:
         self._pruner: Pruner | None = None
         if settings is None:
             return
-        check_decoder(self, settings)
+        with refusing():
+            check_decoder(self, settings)
         group_cache()
         ratio = kv_ratio(settings.policy, settings.shape.layers)
         world, _ = distributed.get_tp_world_rank("attn")
