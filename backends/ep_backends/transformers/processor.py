@@ -10,6 +10,8 @@ import transformers
 
 from ep_core.errors import UnsupportedError
 
+_CLASS = "processor_class"
+
 
 def load_processor(model: Path) -> Any:
     """The checkpoint's own processor, padding on the left.
@@ -28,11 +30,13 @@ def load_processor(model: Path) -> Any:
 
 def _pictures_only(model: Path) -> Any:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    settings = _settings(model)
-    name = settings.get("processor_class") or tokenizer.init_kwargs.get("processor_class")
-    image_settings = settings.get("image_processor", settings)
+    settings, _ = transformers.ProcessorMixin.get_processor_dict(model)
+    # an older layout has the image processor in a file of its own, at times the only one
+    image_settings = settings.get("image_processor") or _read(model / "preprocessor_config.json")
+    sources = (settings, image_settings, tokenizer.init_kwargs)
+    name = next((given[_CLASS] for given in sources if given.get(_CLASS)), "")
     image_class = str(image_settings.get("image_processor_type", "")).removesuffix("Fast")
-    base = getattr(transformers, name or "", None)
+    base = getattr(transformers, name, None)
     image_base = getattr(transformers, f"{image_class}Pil", None)
     if base is None or image_base is None:
         raise UnsupportedError(
@@ -51,21 +55,12 @@ def _pictures_only(model: Path) -> Any:
     keywords = {
         key: value
         for key, value in settings.items()
-        if key not in ("processor_class", "image_processor", "video_processor", "chat_template")
+        if key not in (_CLASS, "image_processor", "video_processor")
     }
-    if "image_processor" not in settings:  # an older layout: the file is the image processor's
-        keywords = {}
-    return PicturesOnly(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template,
-        **keywords,
-    )
+    parts = {"image_processor": image_processor, "tokenizer": tokenizer}
+    return PicturesOnly(**{"chat_template": tokenizer.chat_template} | keywords | parts)
 
 
-def _settings(model: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (model / name).is_file():
-            settings |= json.loads((model / name).read_text())
+def _read(path: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     return settings
