@@ -247,7 +247,7 @@ def test_installed_plugins_are_found_broken_ones_warn_and_blocked_ones_are_not_i
         ["broken"],
     ]
     assert "no_such_engine" in found["warnings"][1]
-    assert found["adapters"] == ["llava", "qwen2_5_vl"]
+    assert found["adapters"] == ["internvl", "llava", "qwen2_5_vl", "qwen2_vl"]
     assert "transformers" in found["backends"]
     assert not found["heavy"], "listing what there is imports transformers"
 

@@ -1,6 +1,7 @@
 """Pruned generation: batches, turns, caches, dtypes, decoding methods."""
 
 import copy
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -156,7 +157,14 @@ def test_cache_and_recomputation_agree(family, model):
     assert_close(logits(cached), logits(recomputed), "with and without a cache")
 
 
+def skip_mixed_tiles(family: Any) -> None:
+    before_mended = tuple(map(int, version("transformers").split(".")[:2])) < (5, 19)
+    if family.name == "internvl" and before_mended:
+        pytest.skip("transformers before 5.19 gives beams each other's tiles, pruned or not")
+
+
 def test_beam_search_with_a_cache_equals_recomputation(family, model):
+    skip_mixed_tiles(family)
     inputs = family.encode(
         [family.picture(0), "what?"], [family.picture(1), "and", family.picture(2), "this?"]
     )
@@ -172,6 +180,7 @@ def test_beam_search_with_a_cache_equals_recomputation(family, model):
 
 def test_beam_sampling_is_reproducible(family, model):
     """transformers 5.17 itself samples other beams without a cache, so that is no oracle here."""
+    skip_mixed_tiles(family)
     inputs = family.encode([family.picture(0), "what?"], [family.picture(1), "which?"])
     outputs = []
     with enable(model, POLICY) as pruning:
