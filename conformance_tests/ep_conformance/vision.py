@@ -34,6 +34,7 @@ _PREFIXES = {
     "model.vision_tower.": "vision.",
     "model.multi_modal_projector.": "projector.",
     "visual.": "vision.",
+    "vision_tower.vision_model.": "vision.",
     "vision_tower.": "vision.",
     "multi_modal_projector.": "projector.",
     "model.": "text.",

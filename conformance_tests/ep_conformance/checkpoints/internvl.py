@@ -46,6 +46,7 @@ def tiny_internvl(
     patches = (side // patch) ** 2
     text_config = qwen_text(heads, kv_heads, head_dim, layers, _INTERNVL_SPECIAL) | {
         "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
     }
     config = {

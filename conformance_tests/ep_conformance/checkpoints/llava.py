@@ -49,6 +49,7 @@ def tiny_llava(
     special = special_ids(_LLAVA_SPECIAL)
     text_config = {
         "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
         "hidden_size": hidden,
         "intermediate_size": hidden,
         "num_hidden_layers": layers,
@@ -93,7 +94,7 @@ def tiny_llava(
             "layer_norm_eps": 1e-5,
         },
     }
-    tower = "vision_tower."
+    tower = "vision_tower.vision_model."  # as in published files
     shapes: Shapes = {
         tower + "embeddings.class_embedding": (vision,),
         tower + "embeddings.patch_embedding.weight": (vision, 3, patch, patch),
