@@ -44,8 +44,10 @@ test-sglang: setup-sglang
 	.venv-sglang/bin/pytest tests/sglang
 	.venv-sglang/bin/python -m ep_conformance --backend sglang
 
-test-lmdeploy: setup-lmdeploy # no backend of ours yet
+test-lmdeploy: setup-lmdeploy
 	.venv-lmdeploy/bin/pytest tests/lmdeploy
+	.venv-lmdeploy/bin/python -m ep_conformance --backend lmdeploy \
+	  --expected-failures tests/lmdeploy/expected_failures.txt
 
 clean:
 	rm -rf $(VENV) .venv-sglang .venv-lmdeploy .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
