@@ -50,7 +50,7 @@ def original(hugging_face):
     weights, vision = {}, {}
     for name, tensor in load_file(hugging_face / "model.safetensors").items():
         if name.startswith("vision_tower."):
-            vision[name.replace("vision_tower.", "vision_model.", 1)] = tensor
+            vision[name.removeprefix("vision_tower.")] = tensor
         else:
             prefix = next(prefix for prefix in NAMES if name.startswith(prefix))
             weights[NAMES[prefix] + name.removeprefix(prefix)] = tensor
