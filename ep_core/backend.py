@@ -155,7 +155,7 @@ class Capabilities:
 class Session(Protocol):
     """A loaded model in an engine.
 
-    What a backend has no capability for, its methods refuse with `UnsupportedError`.
+    A class that inherits from it refuses what it does not override.
     """
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
@@ -170,21 +170,27 @@ class Session(Protocol):
 
         Needs the capability `layer_entropies`. One list of `layers` numbers for each picture.
         """
+        raise UnsupportedError("this engine cannot measure layers; use transformers")
 
     def held_slots(self) -> int:
         """KV slots per layer, of layers < K or >= K, that are neither free nor only cached.
 
         Needs the capability `abort`. 0 once every request is answered or gone.
         """
+        raise UnsupportedError("this engine has no KV pool to count slots of")
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *exception: object) -> None:
         """Release the model."""
 
 
 class Backend(Protocol):
-    """An engine that can prune."""
+    """An engine that can prune.
+
+    A class that inherits from it has no server and no attach points unless it says so.
+    """
 
     capabilities: Capabilities
 
@@ -196,6 +202,7 @@ class Backend(Protocol):
 
     def probe(self) -> Sequence[PointStatus]:
         """Each place where the backend reaches into its host, checked, without starting it."""
+        return ()
 
     def select(
         self,
@@ -227,6 +234,7 @@ class Backend(Protocol):
         Raises:
             UnsupportedError: the engine has no server, or it would run without pruning.
         """
+        raise UnsupportedError("this engine has no server; use it in your own program")
 
     def open(
         self,

@@ -109,3 +109,18 @@ def select(
         )
         chosen.append(selector(inputs, k))
     return chosen
+
+
+def staying(tokens: int, spans: Sequence[VisualSpan], kept: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Which tokens layers >= K see: `[tokens]` bool, true for text and for kept tokens.
+
+    Args:
+        tokens: length of the prompt.
+        spans: its pictures.
+        kept: indices of each relative to its start, from `select`.
+    """
+    stays = torch.ones(tokens, dtype=torch.bool, device=kept[0].device if kept else None)
+    for span, own in zip(spans, kept, strict=True):
+        stays[span.start : span.stop] = False
+        stays[span.start + own] = True
+    return stays

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from ep_core.errors import EntropyPruneError, UnsupportedError
 
 
+PREFIX = "entropyprune: error: "
+
+
 class StartRefused(UnsupportedError, SystemExit):
     """Pruning cannot work with what was asked.
 
@@ -15,10 +18,10 @@ class StartRefused(UnsupportedError, SystemExit):
     """
 
     def __init__(self, message: str) -> None:
-        SystemExit.__init__(self, f"entropyprune: error: {message}")
+        SystemExit.__init__(self, PREFIX + message)
 
     def __str__(self) -> str:
-        return str(self.code)
+        return str(self.code).removeprefix(PREFIX)
 
 
 @contextmanager

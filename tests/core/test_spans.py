@@ -11,7 +11,7 @@ from ep_core.budget import FlopsReduction, Keep, LayerAverage
 from ep_core.errors import BudgetError, EntropyPruneError
 from ep_core.policy import PruningPolicy
 from ep_core.selectors import entropyprune_selectors
-from ep_core.spans import VisualSpan, plan, runs_of, select
+from ep_core.spans import VisualSpan, plan, runs_of, select, staying
 
 SELECTORS = {selector.name: selector for selector in entropyprune_selectors()}
 IMAGE = 9
@@ -154,3 +154,10 @@ def test_a_plan_of_another_length_than_the_spans_is_refused():
 def test_a_span_behind_the_inputs_is_refused():
     with pytest.raises(EntropyPruneError):
         select(SELECTORS["set-entropy"], [VisualSpan(4, 12)], [4], **inputs(8, 0))
+
+
+def test_text_and_kept_tokens_stay():
+    kept = [torch.tensor([1]), torch.tensor([0, 1])]
+    stays = staying(8, [VisualSpan(1, 4), VisualSpan(5, 7)], kept)
+    assert stays.tolist() == [True, False, True, False, True, True, True, True]
+    assert staying(2, [], []).all()

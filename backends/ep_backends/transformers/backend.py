@@ -5,20 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import torch
 import transformers
 
 from ep_backends.transformers.ledger import POINTS
-from ep_backends.transformers.processor import load_processor
+from ep_backends.transformers.processor import encode, load_processor
 from ep_backends.transformers.pruner import Row, choose, enable
-from ep_core.backend import Answer, Capabilities, KVSlots, Request, Serving, check_placement
+from ep_core.backend import (
+    Answer,
+    Backend,
+    Capabilities,
+    KVSlots,
+    Request,
+    Serving,
+    Session,
+    check_placement,
+)
 from ep_core.checkpoint import read_config
 from ep_core.entropy import layer_entropy
 from ep_core.errors import EntropyPruneError, UnsupportedError
 from ep_core.patching import PointStatus, check_point
-from ep_core.pictures import read_picture
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
 from ep_core.report import RequestRecord
@@ -27,7 +35,7 @@ from ep_core.spans import VisualSpan
 ATTENTION = "sdpa"
 
 
-class TransformersBackend:
+class TransformersBackend(Backend):
     """Plain transformers in this process."""
 
     capabilities = Capabilities(
@@ -90,7 +98,7 @@ class TransformersBackend:
         return TransformersSession(model, policy, device, dtype)
 
 
-class TransformersSession:
+class TransformersSession(Session):
     """A loaded model; see `ep_core.backend.Session`."""
 
     def __init__(
@@ -111,9 +119,6 @@ class TransformersSession:
         self._config = self.model.config.to_dict()
         self._adapter = registry().adapter(self._config["model_type"])
         self.pruning = None if policy is None else enable(self.model, policy)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         if self.pruning is not None:
@@ -171,22 +176,9 @@ class TransformersSession:
             for span in self._spans(inputs["input_ids"][0].tolist())
         ]
 
-    def held_slots(self) -> NoReturn:
-        """Not offered: a cache lives as long as its `generate`."""
-        raise UnsupportedError("transformers has no KV pool to count slots of")
-
     def _encode(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
-        chats = [[{"role": "user", "content": _parts(request)}] for request in requests]
-        try:
-            inputs = self.processor.apply_chat_template(
-                chats,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                processor_kwargs={"padding": True, "return_tensors": "pt"},
-            ).to(self.model.device)
-        except (ValueError, TypeError, IndexError) as error:  # transformers' own input checks
-            raise EntropyPruneError(f"the request cannot be encoded: {error}") from None
+        inputs = encode(self.processor, [request.content for request in requests])
+        inputs = inputs.to(self.model.device)
         for ids, request in zip(inputs["input_ids"].tolist(), requests, strict=True):
             pictures = sum(isinstance(part, Path) for part in request.content)
             if len(self._spans(ids)) != pictures:
@@ -219,12 +211,3 @@ class TransformersSession:
             if token in ends:
                 return ids[: i + 1]
         return ids
-
-
-def _parts(request: Request) -> list[dict[str, Any]]:
-    return [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image", "image": read_picture(part)}
-        for part in request.content
-    ]

@@ -1,14 +1,16 @@
-"""Loading a checkpoint's processor, with or without torchvision."""
+"""A checkpoint's processor, with or without torchvision, and messages through it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from ep_core.errors import UnsupportedError
+from ep_core.errors import EntropyPruneError, UnsupportedError
+from ep_core.pictures import read_picture
 
 _CLASS = "processor_class"
 
@@ -26,6 +28,33 @@ def load_processor(model: Path) -> Any:
         processor = _pictures_only(model)
     processor.tokenizer.padding_side = "left"
     return processor
+
+
+def encode(processor: Any, contents: Sequence[Sequence[str | Path]]) -> Any:
+    """User messages of texts and picture files through the chat template, as one padded batch.
+
+    Raises:
+        EntropyPruneError: transformers' own checks refuse one of them.
+    """
+    chats = [
+        [{"role": "user", "content": [_part(part) for part in content]}] for content in contents
+    ]
+    try:
+        return processor.apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"padding": True, "return_tensors": "pt"},
+        )
+    except (ValueError, TypeError, IndexError) as error:
+        raise EntropyPruneError(f"the request cannot be encoded: {error}") from None
+
+
+def _part(part: str | Path) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "image", "image": read_picture(part)}
 
 
 def _pictures_only(model: Path) -> Any:

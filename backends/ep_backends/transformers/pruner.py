@@ -39,7 +39,7 @@ from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
 from ep_core.report import PruneCounters, RequestRecord, SpanRecord
 from ep_core.selectors import Selector
-from ep_core.spans import VisualSpan, plan, select
+from ep_core.spans import VisualSpan, plan, select, staying
 
 _ACTIVE = "_entropyprune"  # on a decoder: its Pruning
 
@@ -396,11 +396,9 @@ class Pruning:
 def _held(current: _Pass) -> torch.Tensor:
     """`[B, N]` bool: new columns that layers >= K hold."""
     held = current.real[:, current.cached :].clone()
-    for b, row in enumerate(current.rows):
+    for own, row in zip(held, current.rows, strict=True):
         if row.dropped:
-            for span, kept in zip(row.spans, row.kept, strict=True):
-                held[b, span.start : span.stop] = False
-                held[b, span.start + kept] = True
+            own &= staying(len(own), row.spans, row.kept)
     return held
 
 
