@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")])
+PAGES = sorted(
+    page
+    for folder in (".", "docs", "benchmarks/**", "examples/**")
+    for page in ROOT.glob(f"{folder}/*.md")
+)
 
 
 def test_the_example_runs(capsys):
@@ -49,3 +53,10 @@ def test_the_family_in_adapters_md_is_a_working_plugin():
     adapter = plugins.collect(manager).adapter("my_vlm")
     spans = adapter.find_spans({"image_token_id": 7}, [1, 7, 7, 2, 7, 3])
     assert [(span.start, span.stop) for span in spans] == [(1, 3), (4, 5)]
+
+
+def test_the_third_party_backend_is_as_short_as_the_documentation_says():
+    files = ROOT.glob("examples/third_party_backend/**/*")
+    sources = [file.read_text() for file in files if file.suffix in (".py", ".toml")]
+    assert len(sources) >= 4
+    assert sum(bool(line.strip()) for source in sources for line in source.splitlines()) < 150
