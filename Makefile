@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint conformance setup-sglang test-sglang setup-lmdeploy test-lmdeploy clean
+.PHONY: demo test lint conformance third-party setup-sglang test-sglang setup-lmdeploy test-lmdeploy clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -19,9 +19,10 @@ demo: $(VENV)/.installed
 
 test: lint
 	$(BIN)/pytest
-	$(MAKE) conformance
 	$(MAKE) test-sglang
 	$(MAKE) test-lmdeploy
+	$(MAKE) third-party
+	$(MAKE) conformance
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -29,8 +30,31 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-conformance: $(VENV)/.installed
-	$(BIN)/python -m ep_conformance --backend transformers
+# every engine in its environment, set beside each other; writes the support matrix
+RECORDINGS := conformance_tests/recordings
+ENGINES := transformers sglang lmdeploy
+MATRIX := README.md docs/conformance.md
+
+conformance: $(ENGINES:%=record-%)
+	$(BIN)/python -m ep_conformance compare $(RECORDINGS)/*.json $(MATRIX:%=--update %)
+
+record-transformers: $(VENV)/.installed
+	$(BIN)/python -m ep_conformance --backend transformers --record $(RECORDINGS)/transformers-cpu.json
+
+record-sglang record-lmdeploy: record-%: setup-%
+	.venv-$*/bin/python -m ep_conformance --backend $* --record $(RECORDINGS)/$*-cpu.json
+
+# the example as its author would install and prove it
+third-party: .venv-third-party/.installed
+	.venv-third-party/bin/pip install --quiet --no-deps --force-reinstall . ./examples/third_party_backend
+	.venv-third-party/bin/python -m ep_conformance --backend loop
+
+.venv-third-party/.installed: pyproject.toml constraints.txt examples/third_party_backend/pyproject.toml
+	rm -rf .venv-third-party
+	$(PYTHON) -m venv .venv-third-party
+	.venv-third-party/bin/pip install --quiet --constraint constraints.txt \
+	  '.[conformance,transformers]' ./examples/third_party_backend
+	touch $@
 
 # real engines on the CPU, each in an environment of its own: their requirements conflict
 setup-sglang setup-lmdeploy: setup-%: .venv-%/.installed
@@ -42,7 +66,6 @@ setup-sglang setup-lmdeploy: setup-%: .venv-%/.installed
 
 test-sglang: setup-sglang
 	.venv-sglang/bin/pytest tests/sglang
-	.venv-sglang/bin/python -m ep_conformance --backend sglang
 
 test-lmdeploy: setup-lmdeploy
 	.venv-lmdeploy/bin/pytest tests/lmdeploy
@@ -50,4 +73,4 @@ test-lmdeploy: setup-lmdeploy
 	  --expected-failures tests/lmdeploy/expected_failures.txt
 
 clean:
-	rm -rf $(VENV) .venv-sglang .venv-lmdeploy .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-third-party .venv-sglang .venv-lmdeploy .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

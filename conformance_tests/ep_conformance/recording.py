@@ -101,6 +101,7 @@ class Recording:
             f"{json.dumps(k)}: {json.dumps(asdict(v))}" for k, v in self.outcomes.items()
         )
         head = json.dumps({"format": FORMAT, **asdict(self.conditions)}, indent=1)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f'{head[:-2]},\n "tests": {{\n{tests}\n}}\n}}\n', encoding="utf-8")
 
     @classmethod
