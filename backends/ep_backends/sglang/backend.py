@@ -195,15 +195,19 @@ class SGLangSession:
     async def _ask(self, request: Request) -> dict[str, Any]:
         """SGLang's last output for one request; of a client that left, the last that it got."""
         name = uuid.uuid4().hex
+        pictures = [read_picture(part) for part in request.content if isinstance(part, Path)]
+        # a batch of one: alone, SGLang takes a prompt with several pictures for one with one
         stream = await self.engine.async_generate(
-            rid=name,
-            prompt=self.prompt(request.content),
-            image_data=[read_picture(p) for p in request.content if isinstance(p, Path)] or None,
-            sampling_params={
-                "temperature": 0,
-                "max_new_tokens": request.max_new_tokens,
-                "custom_params": self._wish(request),
-            },
+            rid=[name],
+            prompt=[self.prompt(request.content)],
+            image_data=[pictures or None],
+            sampling_params=[
+                {
+                    "temperature": 0,
+                    "max_new_tokens": request.max_new_tokens,
+                    "custom_params": self._wish(request),
+                }
+            ],
             return_logprob=True,
             stream=True,
         )
