@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 from ep_core.errors import EntropyPruneError, UnsupportedError
 
-
 PREFIX = "entropyprune: error: "
 
 
