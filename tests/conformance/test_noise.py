@@ -1,0 +1,50 @@
+"""The margin of level 2: how far another implementation's scores are from the exact ones."""
+
+import numpy as np
+import torch
+
+from ep_backends.transformers.backend import TransformersBackend
+from ep_backends.transformers.processor import encode
+from ep_conformance.comparison import NOISE_CAP, NOISE_MARGIN, expect
+from ep_conformance.oracle import token_score
+from ep_conformance.test_engine import CASES, contents
+from ep_core import demo
+from ep_core.backend import Request
+
+SCORED = [case for case in CASES if case.method != "set-entropy" and any(case.pictures)]
+
+
+def noise(case, workshop):
+    """For each picture: noise of transformers' scores, of the oracle's, and the range of scores."""
+    model = demo.MODEL if case.checkpoint == "demo" else workshop.checkpoint(case.checkpoint)
+    with TransformersBackend().open(model, None, dtype="float32") as session:
+        layer = session.model.get_decoder().layers[case.layer - 1]
+        queries = []
+        layer.self_attn.q_proj.register_forward_hook(lambda module, args, out: queries.append(out))
+        for seed, pictures in enumerate(case.pictures):
+            request = Request(contents(case.checkpoint, pictures, seed, workshop), 1)
+            right = expect(model, request, case.pruned)
+            exact = right._run(1, torch.float64).scores
+            with torch.inference_mode():
+                session.model(**encode(session.processor, [request.content]))
+            heads = queries.pop()[0].unflatten(1, (-1, layer.self_attn.head_dim)).double().numpy()
+            for i, (start, stop) in enumerate(right.result.spans):
+                theirs = [token_score(heads[t], case.method) for t in range(start, stop)]
+                span = np.array(exact[i])
+                yield (
+                    np.abs(theirs - span).max(),
+                    np.abs(np.array(right.result.scores[i]) - span).max(),
+                    np.ptp(span),
+                )
+
+
+def test_the_margin_covers_another_implementation_and_the_cap_is_above_it(workshop):
+    measured = [each for case in SCORED for each in noise(case, workshop)]
+    assert len(measured) > 15
+    ratio = max(theirs / own for theirs, own, _ in measured)
+    share = max(NOISE_MARGIN * own / spread for _, own, spread in measured)
+    print(
+        f"\nnoise is up to {ratio:.2f} times the oracle's; the margin is {share:.1e} of the range"
+    )
+    assert ratio < NOISE_MARGIN
+    assert share < NOISE_CAP
