@@ -41,8 +41,12 @@ conformance: $(ENGINES:%=record-%)
 record-transformers: $(VENV)/.installed
 	$(BIN)/python -m ep_conformance --backend transformers --record $(RECORDINGS)/transformers-cpu.json
 
-record-sglang record-lmdeploy: record-%: setup-%
-	.venv-$*/bin/python -m ep_conformance --backend $* --record $(RECORDINGS)/$*-cpu.json
+record-sglang: setup-sglang
+	.venv-sglang/bin/python -m ep_conformance --backend sglang --record $(RECORDINGS)/sglang-cpu.json
+
+record-lmdeploy: setup-lmdeploy
+	.venv-lmdeploy/bin/python -m ep_conformance --backend lmdeploy --record $(RECORDINGS)/lmdeploy-cpu.json \
+	  --expected-failures tests/lmdeploy/expected_failures.txt
 
 # the example as its author would install and prove it
 third-party: .venv-third-party/.installed
@@ -69,8 +73,6 @@ test-sglang: setup-sglang
 
 test-lmdeploy: setup-lmdeploy
 	.venv-lmdeploy/bin/pytest tests/lmdeploy
-	.venv-lmdeploy/bin/python -m ep_conformance --backend lmdeploy \
-	  --expected-failures tests/lmdeploy/expected_failures.txt
 
 clean:
 	rm -rf $(VENV) .venv-third-party .venv-sglang .venv-lmdeploy .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

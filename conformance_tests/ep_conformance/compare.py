@@ -64,7 +64,11 @@ def compare(recordings: Sequence[Recording]) -> Compared:
             if outcome.outcome == "failed":
                 failed += 1
                 lines.append(f"{test}: {name} failed")
-        answers = {name: outcome.answers for name, outcome in ended.items() if outcome.answers}
+        answers = {
+            name: outcome.answers
+            for name, outcome in ended.items()
+            if outcome.answers and outcome.outcome != "xfailed"  # its reason is in the matrix
+        }
         if len(answers) > 1:
             tests += 1
             for request, each in enumerate(zip(*answers.values(), strict=True)):
@@ -103,7 +107,11 @@ def _cell(outcomes: Sequence[Outcome], notes: dict[str, int]) -> str:
         kind: sum(outcome.outcome == kind for outcome in outcomes)
         for kind in ("passed", "failed", "xfailed", "skipped")
     }
-    words = [f"{number} {kind}" for kind, number in count.items() if number and kind != "skipped"]
+    words = [
+        f"{number} {kind}".replace("xfailed", "known to fail")
+        for kind, number in count.items()
+        if number and kind != "skipped"
+    ]
     reasons = dict.fromkeys(o.reason for o in outcomes if o.outcome in ("skipped", "xfailed"))
     marks = [str(notes.setdefault(reason or "no reason", len(notes) + 1)) for reason in reasons]
     if marks:
