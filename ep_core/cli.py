@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import ep_core
-from ep_core import demo
+from ep_core import demo, kernels
 from ep_core.adapter import ModelAdapter
 from ep_core.backend import DTYPES, Answer, Backend, Request
 from ep_core.budget import DecoderShape, layer_average
@@ -471,7 +471,8 @@ def doctor() -> int:
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"entropyprune {ep_core.__version__}, Python {platform.python_version()}")
     console.print(f"torch {torch.__version__}, CUDA {'yes' if torch.cuda.is_available() else 'no'}")
-    console.print("scorer: vectorised torch (float64 Gram matrix, float32 eigenvalues)")
+    for device in ("cpu", "cuda"):
+        console.print(f"kernels, {device}: {kernels.describe(device)}", markup=False)
     failed = False
     for name in (ENV, ENV_BLOCK):
         console.print(f"{name}={os.environ.get(name, '(not set)')}", markup=False)

@@ -1,8 +1,9 @@
 """Matrix entropy: of one token's heads (the score), of a set of tokens, of a layer.
 
 Formulas: EntropyPrune (arXiv 2602.17196) and the code its authors released; docs/method.md sets
-the two side by side. Matrix products run in float64, which no TF32 or bfloat16 matmul switch
-reaches: the same input gives the same ranking whatever the host has set.
+the two side by side. Torch's matrix products run in float64 here, which no TF32 or bfloat16 matmul
+switch reaches: the same input gives the same ranking whatever the host has set. Fused kernels
+(`ep_core.kernels`) have products of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from ep_core import kernels
 from ep_core.errors import EntropyPruneError
 
 Normalize = Literal["rows", "none", "trace"]
@@ -45,8 +47,9 @@ def matrix_entropy(
             Default: `"rows"`, or `"none"` under `compat="released"`.
         compat: `"released"` repeats the released arithmetic to the digit: centring in the dtype
             of `q`, float64 from there on, eigenvalues clamped below at 1e-10.
-        dtype: precision of the eigenvalues, float32 (fast) or float64 (reference). The Gram
-            product and the logarithms are float64 either way.
+        dtype: float32 (fast): by a fused kernel where there is one, otherwise with a float64 Gram
+            matrix and float32 eigenvalues. float64 (reference): all of it in float64, in torch.
+            docs/kernels.md states how far the two are apart.
 
     Returns:
         `[N]` float32 scores. A token with a NaN or infinite query scores `-inf`, so it ranks
@@ -71,6 +74,10 @@ def matrix_entropy(
     if dtype not in (torch.float32, torch.float64):
         raise EntropyPruneError(f"dtype={dtype}: allowed are torch.float32 and torch.float64")
 
+    if compat is None and dtype == torch.float32:
+        scores = kernels.matrix_entropy(q, normalize)
+        if scores is not None:
+            return scores
     heads = q.shape[1]
     if compat == "released":
         x = (q - q.mean(dim=1, keepdim=True)).double()

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 import torch
 
+from ep_core import kernels
 from ep_core.entropy import Normalize, cosine_gram, matrix_entropy
 from ep_core.errors import EntropyPruneError, PluginError
 from ep_core.hookspecs import hookimpl
@@ -112,17 +113,24 @@ def greedy_renyi2(hidden: torch.Tensor, k: int) -> torch.Tensor:
         hidden: `[N, d]` hidden states.
         k: 1 <= k <= N.
     """
-    # [N, N], NaN where there is no direction. In units of 2^-40 sums of up to 2^13 terms are exact
-    # in float64: their order, which differs between devices, cannot move a pick.
-    similarity = (cosine_gram(hidden).double().square() * 2**40).round()
+    gram = cosine_gram(hidden)
+    kept = kernels.greedy_renyi2(gram, k)
+    return _greedy_renyi2(gram, k) if kept is None else kept
+
+
+def _greedy_renyi2(gram: torch.Tensor, k: int) -> torch.Tensor:
+    """The same from the cosine Gram matrix `[N, N]`, NaN where there is no direction."""
+    # In units of 2^-40 sums of up to 2^13 terms are exact in float64: their order, which differs
+    # between devices, cannot move a pick.
+    similarity = (gram.double().square() * 2**40).round()
     n = similarity.shape[0]
-    index = torch.arange(n, device=hidden.device)
+    index = torch.arange(n, device=gram.device)
     unusable = similarity.diagonal().isnan()
     similarity = similarity.nan_to_num()
     # picked ranks behind everything, unusable behind every usable token
     cost = torch.where(unusable, torch.finfo(torch.float64).max, similarity.sum(dim=1))
-    kept = torch.empty(k, dtype=torch.int64, device=hidden.device)
-    picked = torch.zeros(n, dtype=torch.bool, device=hidden.device)
+    kept = torch.empty(k, dtype=torch.int64, device=gram.device)
+    picked = torch.zeros(n, dtype=torch.bool, device=gram.device)
     for step in range(k):
         cost = cost.masked_fill(picked, math.inf)
         best = torch.where(cost == cost.min(), index, n).min()  # lowest index, no host sync

@@ -1,0 +1,98 @@
+"""Fused kernels of the scores and of the greedy set, and when they are used.
+
+`matrix_entropy` and `greedy_renyi2` here return None where the caller's torch code is to be used.
+What is available on a type of device is found out when it is first asked for, so that importing
+the package stays light; where kernels were to be expected and are missing, one log line says why.
+docs/kernels.md has what they compute and how accurately.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ep_core.errors import EntropyPruneError
+
+SWITCH = "ENTROPYPRUNE_KERNELS"  # "off": torch everywhere
+MAX_HEADS = 64
+MAX_HEAD_DIM = 256
+QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+logger = logging.getLogger("entropyprune")
+
+
+class Unavailable(Exception):
+    """Why a device type has no kernels."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The fused kernels of one device type.
+
+    Attributes:
+        name: for people, such as "C++ for AVX-512".
+        matrix_entropy: `([N, H, D] queries, normalize) -> [N]` float32 scores.
+        greedy_renyi2: `([N, N] float32 cosine Gram matrix, k) -> [k]` ascending int64 indices.
+    """
+
+    name: str
+    matrix_entropy: Callable[[torch.Tensor, str], torch.Tensor]
+    greedy_renyi2: Callable[[torch.Tensor, int], torch.Tensor]
+
+
+def matrix_entropy(q: torch.Tensor, normalize: str) -> torch.Tensor | None:
+    """The fused scores of checked `[N, H, D]` queries; None: use torch."""
+    _, heads, head_dim = q.shape
+    if heads > MAX_HEADS or head_dim > MAX_HEAD_DIM or q.dtype not in QUERY_DTYPES:
+        return None
+    found = _kernels(q.device.type)
+    return None if found is None else found.matrix_entropy(q, normalize)
+
+
+def greedy_renyi2(gram: torch.Tensor, k: int) -> torch.Tensor | None:
+    """The fused picks from an `[N, N]` cosine Gram matrix; None: use torch."""
+    found = _kernels(gram.device.type)
+    return None if found is None else found.greedy_renyi2(gram, k)
+
+
+def describe(device_type: str) -> str:
+    """Which path a type of device takes, and why, for people."""
+    try:
+        name = _load(device_type).name
+    except Unavailable as reason:
+        return f"torch ({reason})"
+    return (
+        f"{name} (bfloat16, float16 and float32 with up to {MAX_HEADS} heads of width "
+        f"{MAX_HEAD_DIM}; torch for others)"
+    )
+
+
+def _load(device_type: str) -> Kernels:
+    setting = os.environ.get(SWITCH, "")
+    if setting == "off":
+        raise Unavailable(f"{SWITCH}=off")
+    if setting:
+        raise EntropyPruneError(f"{SWITCH}={setting}: allowed is 'off', or not to set it")
+    if device_type == "cpu":
+        from ep_core.kernels import cpu
+
+        return cpu.load()
+    raise Unavailable(f"there are none for {device_type}")
+
+
+_found: dict[str, Kernels | None] = {}  # by device type; torch.compile can read a dict
+
+
+def _kernels(device_type: str) -> Kernels | None:
+    if device_type not in _found:
+        try:
+            _found[device_type] = _load(device_type)
+        except Unavailable as reason:
+            _found[device_type] = None
+            if device_type == "cpu" and SWITCH not in os.environ:
+                logger.warning("scoring in torch, without fused kernels: %s", reason)
+    return _found[device_type]

@@ -1,0 +1,178 @@
+"""Which path scores are taken by, what is said about it, and how the libraries are built."""
+
+import logging
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ep_core import kernels
+from ep_core.entropy import matrix_entropy
+from ep_core.errors import EntropyPruneError
+from ep_core.kernels import Kernels, Unavailable, build, cpu
+from ep_core.selectors import greedy_renyi2
+
+Q = torch.randn(20, 8, 16, generator=torch.Generator().manual_seed(0))
+MARK = torch.full((20,), 7.0)
+
+
+@pytest.fixture(autouse=True)
+def afresh(monkeypatch):
+    """No memory of which path was found before, no setting of the one who runs the tests."""
+    monkeypatch.setattr(kernels, "_found", {})
+    monkeypatch.delenv(kernels.SWITCH, raising=False)
+    cpu.load.cache_clear()
+    cpu.open_library.cache_clear()
+    yield
+    cpu.load.cache_clear()
+    cpu.open_library.cache_clear()
+
+
+@pytest.fixture
+def marked(monkeypatch):
+    """Kernels whose answers are recognised."""
+    found = Kernels("marks", lambda q, normalize: MARK, lambda gram, k: torch.arange(k) + 3)
+    monkeypatch.setitem(kernels._found, "cpu", found)
+
+
+@pytest.mark.parametrize("normalize", ["rows", "none", "trace"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_fast_scores_are_the_kernels(marked, dtype, normalize):
+    assert matrix_entropy(Q.to(dtype), normalize) is MARK
+
+
+def test_the_greedy_set_is_the_kernels(marked):
+    assert greedy_renyi2(Q.flatten(1), 4).tolist() == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("q", "options"),
+    [
+        (Q, {"dtype": torch.float64}),
+        (Q, {"compat": "released"}),
+        (Q.double(), {}),
+        (Q[:, :, :1].expand(20, 8, 257), {}),
+        (Q[:, :1].expand(20, 65, 16), {}),
+    ],
+    ids=["reference", "released", "float64 queries", "wide heads", "many heads"],
+)
+def test_everything_else_is_torchs(marked, q, options):
+    assert matrix_entropy(q, **options) is not MARK
+
+
+def test_the_largest_sizes_are_the_kernels(marked):
+    assert matrix_entropy(Q[:, :1, :1].expand(20, 64, 256)) is MARK
+
+
+def test_without_a_library_torch_scores_and_one_line_says_so(monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(build, "library", lambda variant: tmp_path / "absent.so")
+    with caplog.at_level(logging.DEBUG):
+        scores = matrix_entropy(Q)
+        greedy_renyi2(Q.flatten(1), 4)
+        matrix_entropy(Q, "none")
+    torch.testing.assert_close(scores, matrix_entropy(Q, dtype=torch.float64), atol=1e-5, rtol=0)
+    (line,) = caplog.messages
+    assert "in torch" in line, line
+    assert "install a C++ compiler" in line, line
+    assert "install a C++ compiler" in kernels.describe("cpu")
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    if not build.library("baseline").exists():
+        pytest.skip("no compiled library")
+    monkeypatch.setattr(build, "digest", lambda: "others")
+    with pytest.raises(Unavailable, match="was built from other sources; install"):
+        cpu.load()
+
+
+def test_what_is_no_library_is_a_reason_and_no_crash(monkeypatch, tmp_path):
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(build, "library", lambda variant: broken)
+    assert kernels.describe("cpu").startswith("torch (")
+    assert matrix_entropy(Q).shape == (20,)
+
+
+def test_the_switch_turns_kernels_off_silently(monkeypatch, caplog):
+    monkeypatch.setenv(kernels.SWITCH, "off")
+    with caplog.at_level(logging.DEBUG):
+        matrix_entropy(Q)
+    assert not caplog.messages
+    for device in ("cpu", "cuda"):
+        assert kernels.describe(device) == "torch (ENTROPYPRUNE_KERNELS=off)"
+
+
+def test_an_unknown_setting_of_the_switch_is_an_error(monkeypatch):
+    monkeypatch.setenv(kernels.SWITCH, "fast")
+    with pytest.raises(EntropyPruneError, match="ENTROPYPRUNE_KERNELS=fast: allowed is 'off'"):
+        matrix_entropy(Q)
+
+
+def test_importing_the_package_loads_no_kernel():
+    code = (
+        "import sys, ep_core, ep_core.selectors\n"
+        "late = [m for m in sys.modules if m.startswith('ep_core.kernels.') or m == 'triton']\n"
+        "assert not late, late\n"
+        "import torch; assert not hasattr(torch.ops.entropyprune, 'matrix_entropy')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("variant", build.VARIANTS)
+def test_no_library_holds_instructions_of_a_larger_set(variant):
+    library, objdump = build.library(variant), shutil.which("objdump")
+    if objdump is None or not library.exists():
+        pytest.skip("needs objdump and the compiled library")
+    foreign = {"baseline": ("%ymm", "%zmm"), "AVX2": ("%zmm", "%k1"), "AVX-512": ()}[variant]
+    code = subprocess.run(
+        [objdump, "-d", "--no-show-raw-insn", library], capture_output=True, text=True, check=True
+    ).stdout
+    found = [line for line in code.splitlines() if any(name in line for name in foreign)]
+    assert not found, f"{len(found)} instructions such as {found[:1]}"
+
+
+def test_without_a_compiler_nothing_is_built(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler"):
+        build.compile_all(tmp_path / "lib")
+
+
+def test_a_compiler_that_fails_says_what_it_said(monkeypatch, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho 'out of luck' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        build.compile_all(tmp_path / "lib")
+
+
+def test_a_compiler_without_an_instruction_set_builds_the_others(monkeypatch, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *avx512*) exit 1;; esac\n'
+        'while [ "$1" != -o ]; do shift; done\ntouch "$2"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    made = build.compile_all(tmp_path / "lib")
+    assert [path.name for path in made] == [
+        "libentropyprune-baseline.so",
+        "libentropyprune-avx2.so",
+    ]
+
+
+def test_the_digest_follows_every_source(monkeypatch, tmp_path):
+    sources = tmp_path / "csrc"
+    shutil.copytree(build.SOURCES, sources)
+    before = build.digest()
+    monkeypatch.setattr(build, "SOURCES", sources)
+    assert build.digest() == before
+    for path in sources.iterdir():
+        with path.open("a") as file:
+            file.write("\n")
+        assert build.digest() != before, f"{path.name} does not count"
+        before = build.digest()
