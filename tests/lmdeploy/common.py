@@ -20,12 +20,13 @@ from ep_conformance.checkpoints import make_picture
 from ep_conformance.oracle import Oracle, OracleResult
 from ep_core.backend import Answer, Request
 from ep_core.plugins import registry
-from ep_core.policy import PruningPolicy
+from ep_core.policy import PruningPolicy, no_policy_in_environment
 
 Content = tuple[str | Path, ...]
 
 TOLERANCE = 1e-4  # of a log-probability; the conformance suite's for logits
 TIE = 1e-3  # tokens whose log-probabilities are closer may swap
+CPU = {"num_gpu_blocks": 64, "block_size": 16, "max_batch_size": 4, "eager_mode": True}
 PIXELS = 28  # sides of what becomes a token in Qwen2.5-VL
 
 
@@ -39,6 +40,27 @@ def picture(folder: Path, seed: int, wide: int, tall: int) -> Path:
     """A picture of `wide` times `tall` tokens."""
     path = folder / f"{seed}-{wide}x{tall}.png"
     return path if path.exists() else make_picture(path, seed, (PIXELS * wide, PIXELS * tall))
+
+
+def launch(model: Path, speculative: Any = None, **arguments: Any) -> Any:
+    """Start LMDeploy's pipeline as a user does; gives the engine's configuration."""
+    from lmdeploy import PytorchEngineConfig, pipeline
+
+    config = PytorchEngineConfig(**(CPU | arguments))
+    options = {"backend_config": config, "speculative_config": speculative}
+    with pipeline(str(model), log_level="ERROR", **options):
+        return config
+
+
+@contextmanager
+def no_pruning() -> Iterator[None]:
+    """Inside, pruning starts switched off; nothing is left of it afterwards."""
+    import ep_backends.lmdeploy
+
+    with no_policy_in_environment():
+        ep_backends.lmdeploy.activate().undo()
+        yield
+        ep_backends.lmdeploy.activate().undo()
 
 
 # What is right.

@@ -148,6 +148,19 @@ def test_picture_that_a_request_names_wrongly_is_refused(engine):
             in_loop(engine.session, ask_with(engine.session, content, wishes))
 
 
+def test_engine_without_a_policy_refuses_a_budget(engine):
+    from lmdeploy.serve.core.exceptions import RequestError
+
+    content = (engine.pictures[1], NUMBER)
+    (plain,) = right(engine, [content], layer=None)
+    with start(engine.model, None) as session, nothing_lost(session):
+        for wish in ({"keep": 5}, "on"):
+            with pytest.raises(RequestError, match="this server does not prune"):
+                in_loop(session, ask_with(session, content, [wish]))
+        for wish in (None, "off", False):
+            assert in_loop(session, ask_with(session, content, [wish])).ids == plain.output_ids
+
+
 @pytest.mark.parametrize(
     ("sampling", "reason"),
     [

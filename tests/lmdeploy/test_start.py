@@ -1,0 +1,227 @@
+"""What happens before an engine runs: the policy is found, refused, or nothing is touched."""
+
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import ep_backends.lmdeploy
+from ep_backends.lmdeploy import ledger, plugin
+from ep_conformance.checkpoints import tiny_qwen2_5_vl
+from ep_core.errors import PolicyError, UnsupportedError
+from ep_core.patching import check_point
+from ep_core.policy import PruningPolicy
+
+from .common import CPU, ask, launch, no_pruning, picture, start
+
+# the engine's warnings are not ours to fix
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+POLICY = "layer=2,keep=0.25,method=set-entropy"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_qwen2_5_vl(tmp_path_factory.mktemp("start") / "model", seed=1)
+
+
+@pytest.fixture(autouse=True)
+def inactive():
+    """Each test starts without pruning and leaves none behind."""
+    with no_pruning():
+        yield
+
+
+# Attach points.
+
+
+@pytest.mark.parametrize("point", ledger.POINTS, ids=lambda point: point.target)
+def test_attach_point_fits_the_installed_version(point):
+    status = check_point(point)
+    assert status.state == "ok", status.detail
+    assert point.why
+    assert point.upstream
+    assert point.remove_when
+
+
+@pytest.mark.parametrize("point", ledger.POINTS, ids=lambda point: point.target)
+@pytest.mark.parametrize("change", ["gone", "takes something else"])
+def test_attach_point_of_another_version_is_noticed(point, change):
+    if change == "takes something else" and not point.parameters:
+        return
+    path, _, name = point.target.replace(":", ".").rpartition(".")
+    owner = pkgutil.resolve_name(path)
+    with pytest.MonkeyPatch.context() as patch:
+        if change == "gone":
+            patch.delattr(owner, name)
+            if hasattr(owner, name):
+                return  # a base class has one like it
+        else:
+            patch.setattr(owner, name, lambda self, other: None)
+        assert check_point(point).state == "FAILED"
+        with pytest.raises(UnsupportedError, match=r"does not fit: .* run entropyprune doctor"):
+            ep_backends.lmdeploy.activate()
+
+
+def test_the_version_is_the_one_the_ledger_names():
+    from lmdeploy.version import __version__
+
+    assert __version__ == ledger.TESTED
+
+
+def functions():
+    return {
+        point.target: vars(pkgutil.resolve_name(path))[name]
+        for point in ledger.HOOKED.values()
+        for path, _, name in [point.target.replace(":", ".").rpartition(".")]
+    }
+
+
+def test_undo_restores_every_function():
+    before = functions()
+    patches = ep_backends.lmdeploy.activate(POLICY)
+    assert {name for name, each in functions().items() if each is before[name]} == set()
+    assert ep_backends.lmdeploy.activate() is patches, "wrapped twice"
+    patches.undo()
+    assert functions() == before
+    assert plugin.policy_for(None) is None
+
+
+def test_doctor_shows_every_point():
+    done = subprocess.run(
+        [sys.executable, "-m", "ep_core.cli", "doctor"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for point in ledger.POINTS:
+        assert f"{point.target}\n    ok" in done.stdout, point.target
+
+
+# Nothing set.
+
+
+def as_it_is(session, content):
+    """What tells LMDeploy's own engine from ours."""
+    (answer,) = ask(session, [content, ("is there a red star?",)])[:1]
+    agent = session.pipeline.async_engine.engine.executor.model_agent
+    cache = agent.cache_engine.gpu_cache
+    return {
+        "classes": {type(module).__module__ for module in agent.patched_model.model.modules()},
+        "cache": [(tensor.shape, tensor.stride()) for layer in cache for tensor in layer],
+        "bytes": agent.cache_engine.gpu_allocation.nbytes,
+        "ids": answer.output_ids,
+        "logprobs": answer.logprobs,
+        "kv": answer.kv,
+    }
+
+
+def test_without_a_policy_nothing_differs_from_lmdeploy_alone(model, tmp_path):
+    content = (picture(tmp_path, 0, 8, 8), "what number is written?")
+    with start(model, None) as session:
+        alone = as_it_is(session, content)
+    assert not any("ep_backends" in name for name in alone["classes"])
+    ep_backends.lmdeploy.activate()
+    with start(model, None) as session:
+        assert as_it_is(session, content) == alone, "activated, without a policy"
+    with start(model, POLICY) as session:
+        pruned = as_it_is(session, content)
+    assert pruned["logprobs"] != alone["logprobs"]
+    assert any("ep_backends" in name for name in pruned["classes"])
+    with start(model, None) as session:
+        assert as_it_is(session, content) == alone, "after a pruned engine"
+    ep_backends.lmdeploy.activate().undo()
+    with start(model, None) as session:
+        assert as_it_is(session, content) == alone, "after undo"
+
+
+@pytest.mark.xfail(reason="a copied configuration activates again; a grouped cache stays grouped")
+@pytest.mark.parametrize("again", ["the same configuration", "a policy that nobody reads"])
+def test_undo_is_for_every_later_engine(again, model):
+    from lmdeploy import PytorchEngineConfig, pipeline
+
+    def pages(config):
+        with pipeline(str(model), backend_config=config, log_level="ERROR") as pipe:
+            agent = pipe.async_engine.engine.executor.model_agent
+            found = [len(keys) for keys, _ in agent.cache_engine.gpu_cache]
+            return type(agent.patched_model.model).__name__, found
+
+    config = PytorchEngineConfig(**CPU)
+    alone = pages(PytorchEngineConfig(**CPU))
+    ep_backends.lmdeploy.activate(POLICY)
+    assert pages(config) != alone
+    ep_backends.lmdeploy.activate().undo()
+    if again == "a policy that nobody reads":
+        config = PytorchEngineConfig(**CPU, hf_overrides={"entropyprune": POLICY})
+    assert pages(config) == alone
+    assert plugin._active is None, "starting an engine activated pruning again"
+
+
+@pytest.mark.xfail(reason="the policy of the first engine stays in the configuration")
+def test_configuration_object_may_be_used_again(model):
+    """It belongs to the user, who may start another engine with it."""
+    from lmdeploy import PytorchEngineConfig, pipeline
+
+    config = PytorchEngineConfig(**CPU)
+    for policy in (POLICY, "layer=1,keep=3"):
+        ep_backends.lmdeploy.activate(policy)
+        with pipeline(str(model), backend_config=config, log_level="ERROR") as pipe:
+            assert pipe.async_engine.entropyprune.policy == PruningPolicy.parse(policy)
+
+
+# Where a policy is set.
+
+
+@pytest.mark.parametrize("where", ["activate", "environment", "text", "object"])
+def test_policy_is_found_wherever_it_is_set(where, model, monkeypatch):
+    from lmdeploy import PytorchEngineConfig, pipeline
+
+    overrides = None
+    if where == "environment":
+        monkeypatch.setenv("ENTROPYPRUNE", POLICY)
+    elif where == "text":
+        overrides = {"entropyprune": POLICY}
+    elif where == "object":
+        overrides = {"entropyprune": PruningPolicy.parse(POLICY).to_json()}
+    ep_backends.lmdeploy.activate(POLICY if where == "activate" else None)
+    config = PytorchEngineConfig(**CPU, hf_overrides=overrides)
+    with pipeline(str(model), backend_config=config, log_level="ERROR") as pipe:
+        assert str(pipe.async_engine.entropyprune.policy) == POLICY
+        built = pipe.async_engine.engine.executor.model_agent.patched_model.model
+        assert type(built).__module__ == "ep_backends.lmdeploy.models"
+
+
+@pytest.mark.parametrize("two", [("a", "e"), ("a", "o"), ("e", "o")])
+def test_two_policies_that_differ_are_refused(two, model, monkeypatch):
+    said = {name: f"layer=1,keep={i}" for i, name in enumerate(two, 3)}
+    if "e" in said:
+        monkeypatch.setenv("ENTROPYPRUNE", said["e"])
+    ep_backends.lmdeploy.activate(said.get("a"))
+    overrides = {"entropyprune": said["o"]} if "o" in said else None
+    with pytest.raises(UnsupportedError, match="set one of them") as refusal:
+        launch(model, hf_overrides=overrides)
+    assert all(policy in str(refusal.value) for policy in said.values())
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("layer=4,keep=5", "layer=4 is out of range for a model of 4 layers; allowed are 1 to 3"),
+        ("layer=2,keep=5,method=nonsense", "unknown method 'nonsense'"),
+        ("layer=2,keep=0", "keep=0"),
+        ("nonsense", "cannot read 'nonsense'"),
+        ({"layer": 2}, "needs one budget"),
+        (["layer=2"], "must be a JSON object"),
+    ],
+)
+def test_policy_that_cannot_work_is_refused(policy, message, model):
+    ep_backends.lmdeploy.activate()
+    with pytest.raises(UnsupportedError, match=message) as refusal:
+        launch(model, hf_overrides={"entropyprune": policy})
+    assert isinstance(refusal.value, SystemExit), "a command line would print a traceback"
+
+
+def test_policy_that_cannot_be_read_is_refused_by_activate():
+    before = functions()
+    with pytest.raises(PolicyError, match="cannot read 'nonsense'"):
+        ep_backends.lmdeploy.activate("nonsense")
+    assert functions() == before
