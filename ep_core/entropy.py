@@ -20,6 +20,7 @@ Normalize = Literal["rows", "none", "trace"]
 NORMALIZATIONS: tuple[Normalize, ...] = ("rows", "none", "trace")
 
 RELEASED_EIGENVALUE_FLOOR = 1e-10
+_GRAM_BLOCK = 96  # rows: large enough for matrix products, small against a picture
 
 
 def matrix_entropy(
@@ -132,14 +133,21 @@ def layer_entropy(hidden: torch.Tensor) -> float:
 def cosine_gram(hidden: torch.Tensor) -> torch.Tensor:
     """Gram matrix of the tokens' directions, `[N, d] -> [N, N]` float32.
 
-    Entry `(i, j)` is the cosine of tokens i and j. The product is float64, rounded once. The row
-    and column of a zero or non-finite token are NaN: it has no direction.
+    Entry `(i, j)` is the cosine of tokens i and j. The product is float64, rounded once, and the
+    matrix is symmetric to the bit. The row and column of a zero or non-finite token are NaN: it has
+    no direction. A float64 token counts as zero where its squared norm underflows.
     """
     x = hidden.double()
-    norm = x.norm(dim=1, keepdim=True)
-    usable = torch.isfinite(norm) & (norm > 0)
-    x = torch.where(usable, x / norm, math.nan)
-    return (x @ x.mT).float()
+    n = x.shape[0]
+    gram = x.new_empty(n, n)
+    for start in range(0, n, _GRAM_BLOCK):  # the lower half; the upper is its mirror image
+        stop = min(start + _GRAM_BLOCK, n)
+        gram[start:stop, :stop] = x[start:stop] @ x[:stop].mT
+    square = gram.diagonal().clone()
+    usable = torch.isfinite(square) & (square >= torch.finfo(torch.float64).tiny)
+    inverse = torch.where(usable, 1 / square.sqrt(), math.nan)
+    lower = (gram * inverse[:, None] * inverse).tril().float()
+    return lower + lower.tril(-1).mT
 
 
 def renyi2_entropy(gram: torch.Tensor) -> float:

@@ -461,6 +461,21 @@ def test_cosine_gram_equals_numpy_and_tokens_without_direction_are_nan(dtype):
         assert gram[:, lost].isnan().all()
 
 
+@pytest.mark.parametrize("tokens", [95, 96, 97, 300])
+def test_cosine_gram_is_symmetric_and_whole_at_every_size(tokens):
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, 40, generator=generator).to(torch.bfloat16)
+    hidden[[0, 40, tokens - 1]] = torch.tensor([math.nan, 0, math.inf], dtype=hidden.dtype)[:, None]
+    x = hidden.double().numpy()
+    with np.errstate(invalid="ignore"):
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
+        x[~np.isfinite(x).all(axis=1)] = math.nan
+        expected = (x @ x.T).astype(np.float32)
+    gram = cosine_gram(hidden)
+    assert torch.equal(gram.nan_to_num(9), gram.T.nan_to_num(9)), "not symmetric"
+    np.testing.assert_allclose(gram.numpy(), expected, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_renyi2_entropy_reaches_both_ends(n):
     assert renyi2_entropy(torch.ones(n, n)) == pytest.approx(0, abs=1e-12)
