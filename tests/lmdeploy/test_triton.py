@@ -1,6 +1,6 @@
 """LMDeploy's Triton kernels read the kept tokens only; their interpreter runs them on the CPU.
 
-Only here a pass over a pruned history (a later chunk) shows that the metadata of the kernels'
+Only here a batch of pruned prompts and a later chunk show that the metadata of the kernels'
 flattened keys is right: the stand-in's attention finds keys through the block table alone.
 """
 
@@ -10,18 +10,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 from ep_conformance.checkpoints import tiny_qwen2_5_vl
 from ep_conformance.oracle import Oracle
 
-from .common import picture
+from .common import TOLERANCE, picture
 
-LAYER, KEEP, TOKENS, CHUNK = 1, 3, 2, 14
+LAYER, KEEP, TOKENS, CHUNK = 1, 3, 2, 70
 
 
 def test_triton_matches_the_oracle(tmp_path):
     model = tiny_qwen2_5_vl(tmp_path / "model", seed=1, heads=2, kv_heads=1, layers=2)
     pictures = [picture(tmp_path, i, *size) for i, size in enumerate([(4, 3), (3, 3)])]
-    contents = [(pictures[0], "and", pictures[1], "what?"), ("how many?",)]
+    contents = [
+        ("how many?",),
+        # while that is computed, these two arrive: one pass for both
+        (pictures[0], "a?"),
+        (pictures[1], "b?"),
+        # and this one takes two
+        (pictures[0], "and a text that does not fit into the chunk", pictures[1], "what?"),
+    ]
     asked = {
         "model": str(model),
         "policy": f"layer={LAYER},keep={KEEP},method=released",
@@ -46,13 +56,15 @@ def test_triton_matches_the_oracle(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads(answers_file.read_text())
-    for content, (kept, ids) in zip(contents, answers, strict=True):
+    for content, (kept, ids, logprobs) in zip(contents, answers, strict=True):
         wanted = Oracle(model).generate(
             content,
             layer=LAYER if len(content) > 1 else None,
-            keep=[KEEP] * 2,
+            keep=[KEEP] * sum(isinstance(part, Path) for part in content),
             method="released",
             max_new_tokens=TOKENS,
         )
         assert kept == (wanted.kept if wanted.spans else []), content
         assert ids == wanted.output_ids, f"{content}: {ids}, the oracle has {wanted.output_ids}"
+        right = torch.log_softmax(wanted.logits, -1).max(-1).values
+        assert logprobs == pytest.approx(right.tolist(), abs=TOLERANCE), content

@@ -22,7 +22,7 @@ mp_executor.NUM_SHARED_BLOCK = 256
 
 
 def answers(asked: dict[str, Any]) -> list[Any]:
-    """Kept tokens and answer of each message; what is no text is a picture file."""
+    """Kept tokens, answer and its log-probabilities; what is no text is a picture file."""
     contents = [
         tuple(part if kind == "text" else Path(part) for kind, part in content)
         for content in asked["contents"]
@@ -32,7 +32,10 @@ def answers(asked: dict[str, Any]) -> list[Any]:
     model = Path(asked["model"])
     with backend.open(model, policy, dtype="float32", **asked["options"]) as session:
         given = session.generate([Request(content, asked["tokens"]) for content in contents])
-    return [[[span.kept for span in answer.spans], answer.output_ids] for answer in given]
+    return [
+        [[span.kept for span in answer.spans], answer.output_ids, answer.logprobs]
+        for answer in given
+    ]
 
 
 if __name__ == "__main__":
