@@ -115,10 +115,10 @@ def greedy_renyi2(hidden: torch.Tensor, k: int) -> torch.Tensor:
     """
     gram = cosine_gram(hidden)
     kept = kernels.greedy_renyi2(gram, k)
-    return _greedy_renyi2(gram, k) if kept is None else kept
+    return greedy_renyi2_torch(gram, k) if kept is None else kept
 
 
-def _greedy_renyi2(gram: torch.Tensor, k: int) -> torch.Tensor:
+def greedy_renyi2_torch(gram: torch.Tensor, k: int) -> torch.Tensor:
     """The same from the cosine Gram matrix `[N, N]`, NaN where there is no direction."""
     # In units of 2^-40 sums of up to 2^13 terms are exact in float64: their order, which differs
     # between devices, cannot move a pick.

@@ -20,6 +20,7 @@ from ep_core.errors import EntropyPruneError
 SWITCH = "ENTROPYPRUNE_KERNELS"  # "off": torch everywhere
 MAX_HEADS = 64
 MAX_HEAD_DIM = 256
+MAX_TOKENS = 2**13  # of a greedy set: up to here its sums are exact
 QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 logger = logging.getLogger("entropyprune")
@@ -55,6 +56,8 @@ def matrix_entropy(q: torch.Tensor, normalize: str) -> torch.Tensor | None:
 
 def greedy_renyi2(gram: torch.Tensor, k: int) -> torch.Tensor | None:
     """The fused picks from an `[N, N]` cosine Gram matrix; None: use torch."""
+    if len(gram) > MAX_TOKENS:
+        return None
     found = _kernels(gram.device.type)
     return None if found is None else found.greedy_renyi2(gram, k)
 
@@ -81,6 +84,10 @@ def _load(device_type: str) -> Kernels:
         from ep_core.kernels import cpu
 
         return cpu.load()
+    if device_type == "cuda":
+        from ep_core.kernels import cuda
+
+        return cuda.load()
     raise Unavailable(f"there are none for {device_type}")
 
 
@@ -93,6 +100,6 @@ def _kernels(device_type: str) -> Kernels | None:
             _found[device_type] = _load(device_type)
         except Unavailable as reason:
             _found[device_type] = None
-            if device_type == "cpu" and SWITCH not in os.environ:
-                logger.warning("scoring in torch, without fused kernels: %s", reason)
+            if device_type in ("cpu", "cuda") and SWITCH not in os.environ:
+                logger.warning("%s: torch instead of fused kernels: %s", device_type, reason)
     return _found[device_type]

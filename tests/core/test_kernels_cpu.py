@@ -9,7 +9,7 @@ import torch
 from ep_conformance.selection_cases import stored_cases, stored_tensors
 from ep_core.entropy import NORMALIZATIONS, cosine_gram, matrix_entropy
 from ep_core.kernels import Unavailable, build, cpu
-from ep_core.selectors import _greedy_renyi2, top_k
+from ep_core.selectors import greedy_renyi2_torch, top_k
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [  # tokens, heads, head_dim: odd ones, the smallest, the largest
@@ -272,12 +272,12 @@ def test_greedy_picks_are_the_torch_paths(library, n):
         gram = gram_with_ties(n, seed)
         for k in sorted({1, 2, (n + 1) // 2, n - 1, n} & set(range(1, n + 1))):
             actual = cpu.greedy_renyi2(library, gram, k)
-            assert torch.equal(actual, _greedy_renyi2(gram, k)), f"seed {seed}, k={k}"
+            assert torch.equal(actual, greedy_renyi2_torch(gram, k)), f"seed {seed}, k={k}"
 
 
 def test_greedy_reads_rows_as_torch_does_whatever_their_layout(library):
     gram = torch.rand(50, 50, generator=torch.Generator().manual_seed(0))  # not symmetric
-    expected = _greedy_renyi2(gram, 20)
+    expected = greedy_renyi2_torch(gram, 20)
     wide = torch.full((50, 77), math.nan)
     wide[:, 5:55] = gram
     for view in (gram, wide[:, 5:55], gram.T.contiguous().T):

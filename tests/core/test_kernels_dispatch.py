@@ -47,6 +47,11 @@ def test_the_greedy_set_is_the_kernels(marked):
     assert greedy_renyi2(Q.flatten(1), 4).tolist() == [3, 4, 5, 6]
 
 
+def test_a_set_whose_sums_are_not_exact_is_torchs(marked):
+    assert kernels.greedy_renyi2(torch.empty(2**13, 1), 2) is not None
+    assert kernels.greedy_renyi2(torch.empty(2**13 + 1, 1), 2) is None
+
+
 @pytest.mark.parametrize(
     ("q", "options"),
     [
@@ -74,7 +79,7 @@ def test_without_a_library_torch_scores_and_one_line_says_so(monkeypatch, caplog
         matrix_entropy(Q, "none")
     torch.testing.assert_close(scores, matrix_entropy(Q, dtype=torch.float64), atol=1e-5, rtol=0)
     (line,) = caplog.messages
-    assert "in torch" in line, line
+    assert line.startswith("cpu: torch instead of fused kernels"), line
     assert "install a C++ compiler" in line, line
     assert "install a C++ compiler" in kernels.describe("cpu")
 
@@ -108,6 +113,11 @@ def test_an_unknown_setting_of_the_switch_is_an_error(monkeypatch):
     monkeypatch.setenv(kernels.SWITCH, "fast")
     with pytest.raises(EntropyPruneError, match="ENTROPYPRUNE_KERNELS=fast: allowed is 'off'"):
         matrix_entropy(Q)
+
+
+def test_without_a_cuda_device_doctor_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kernels.describe("cuda") == "torch (no CUDA device)"
 
 
 def test_importing_the_package_loads_no_kernel():
