@@ -20,8 +20,9 @@ def greedy_renyi2(gram: torch.Tensor, k: int) -> torch.Tensor:
     totals = torch.empty(n, dtype=torch.float64, device=gram.device)
     kept = torch.empty(k, dtype=torch.int64, device=gram.device)
     block = max(16, triton.next_power_of_2(n))
-    _totals[(n,)](gram, totals, *gram.stride(), n, BLOCK=block)
-    _pick[(1,)](gram, totals, kept, *gram.stride(), n, k, BLOCK=block, num_warps=8)
+    with torch.cuda.device_of(gram):  # where Triton launches
+        _totals[(n,)](gram, totals, *gram.stride(), n, BLOCK=block)
+        _pick[(1,)](gram, totals, kept, *gram.stride(), n, k, BLOCK=block, num_warps=8)
     return kept.sort().values
 
 

@@ -26,19 +26,20 @@ def matrix_entropy(q: torch.Tensor, normalize: str) -> torch.Tensor:
     tokens, heads, width = q.shape
     scores = torch.empty(tokens, dtype=torch.float32, device=q.device)
     if tokens:
-        _score[(tokens,)](
-            q,
-            scores,
-            _coefficients(q.device),
-            *q.stride(),
-            HEADS=heads,
-            WIDTH=width,
-            ROWS=max(16, triton.next_power_of_2(heads)),
-            SLICE=32,
-            POLES=len(rational.POLES),
-            NORMALIZE=NORMALIZE[normalize],
-            num_warps=1 if heads <= 32 else 4,
-        )
+        with torch.cuda.device_of(q):  # where Triton launches
+            _score[(tokens,)](
+                q,
+                scores,
+                _coefficients(q.device),
+                *q.stride(),
+                HEADS=heads,
+                WIDTH=width,
+                ROWS=max(16, triton.next_power_of_2(heads)),
+                SLICE=32,
+                POLES=len(rational.POLES),
+                NORMALIZE=NORMALIZE[normalize],
+                num_warps=1 if heads <= 32 else 4,
+            )
     return scores
 
 
