@@ -54,9 +54,3 @@ def test_same_answers_through_decode_graphs(expected, tmp_path):
     options = ENGINE | {"eager_mode": False}
     answers = ask("lmdeploy", tmp_path, ASKED, options, LMDEPLOY_FAKE_CUDA_GRAPH_CAPTURE="1")
     assert answers == expected
-
-
-def test_same_answer_by_the_triton_kernels(expected, tmp_path):
-    # one question: Triton's interpreter takes most of a minute for it
-    answers = ask("lmdeploy", tmp_path, ASKED[:1], ENGINE, TRITON_INTERPRET="1")
-    assert answers == expected[:1]

@@ -164,17 +164,7 @@ def test_other_model_class_is_refused(tmp_path, model):
         launch(folder)
 
 
-SILENT = pytest.mark.xfail(reason="only a policy in hf_overrides is noticed")
-
-
-@pytest.mark.parametrize(
-    "where",
-    [
-        "hf_overrides",
-        pytest.param("activate", marks=SILENT),
-        pytest.param("environment", marks=SILENT),
-    ],
-)
+@pytest.mark.parametrize("where", ["hf_overrides", "activate", "environment"])
 def test_engine_by_itself_does_not_prune_in_silence(where, model, monkeypatch):
     """`lmdeploy.pytorch.engine.Engine` has nobody who decides what requests keep."""
     from lmdeploy import PytorchEngineConfig
@@ -194,6 +184,8 @@ def test_engine_by_itself_does_not_prune_in_silence(where, model, monkeypatch):
     ("arguments", "expected"),
     [
         (["--quant-policy", "8"], "quant_policy"),
+        (["--dp", "2", "--tp", "2"], "data parallelism was never tested"),
+        (["--hf-overrides", '{"memory_model_path": "x"}'], "memory model"),
         (["--hf-overrides", '{"entropyprune": {"layer": 1, "keep": 3}}'], "set one of them"),
     ],
 )

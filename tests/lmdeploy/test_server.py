@@ -267,6 +267,13 @@ def test_request_that_asks_for_nonsense_fails_alone(server, wish, message):
     assert status == 200, "the server did not survive a bad request"
 
 
+def test_wish_in_another_place_is_not_dropped(server):
+    text = {"type": "text", "text": NUMBER, "entropyprune": "off"}
+    status, answer = ask(server, part(SAMPLES[0]), text)
+    assert status == 400, answer
+    assert "stands beside a picture" in answer["message"]
+
+
 def test_policy_in_hf_overrides(tmp_path):
     override = ("--hf-overrides", json.dumps(OVERRIDES))
     with serve(tmp_path, "ep_backends.lmdeploy", *API_SERVER, *override) as address:

@@ -167,7 +167,6 @@ def test_engine_without_a_policy_refuses_a_budget(engine):
         ({"logprobs": 1, "logprob_start_len": 0, "max_new_tokens": 0}, lmdeploy_requests.LOGPROBS),
         ({"logprobs": 1, "logprob_start_len": 9, "max_new_tokens": 0}, lmdeploy_requests.LOGPROBS),
         ({"return_ppl": True}, lmdeploy_requests.PERPLEXITY),
-        ({"output_logits": "all"}, lmdeploy_requests.LOGITS),
     ],
 )
 def test_request_for_values_of_its_prompt_is_not_pruned(engine, sampling, reason):

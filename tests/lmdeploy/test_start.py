@@ -134,7 +134,6 @@ def test_without_a_policy_nothing_differs_from_lmdeploy_alone(model, tmp_path):
         assert as_it_is(session, content) == alone, "after undo"
 
 
-@pytest.mark.xfail(reason="a copied configuration activates again; a grouped cache stays grouped")
 @pytest.mark.parametrize("again", ["the same configuration", "a policy that nobody reads"])
 def test_undo_is_for_every_later_engine(again, model):
     from lmdeploy import PytorchEngineConfig, pipeline
@@ -156,7 +155,6 @@ def test_undo_is_for_every_later_engine(again, model):
     assert plugin._active is None, "starting an engine activated pruning again"
 
 
-@pytest.mark.xfail(reason="the policy of the first engine stays in the configuration")
 def test_configuration_object_may_be_used_again(model):
     """It belongs to the user, who may start another engine with it."""
     from lmdeploy import PytorchEngineConfig, pipeline

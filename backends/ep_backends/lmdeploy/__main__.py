@@ -1,7 +1,4 @@
-"""LMDeploy's own command line with pruning: `python -m ep_backends.lmdeploy serve api_server ...`.
-
-A process that is spawned imports this file again, under another name, and is activated as well.
-"""
+"""LMDeploy's command line with pruning: `python -m ep_backends.lmdeploy serve api_server ...`."""
 
 from ep_backends.lmdeploy import activate
 

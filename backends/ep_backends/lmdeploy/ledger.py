@@ -7,6 +7,7 @@ points below are what the doors rely on, and the few functions that are wrapped.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from ep_backends.budgets import Settings
@@ -19,7 +20,7 @@ TESTED = "0.18.0"
 _ASYNC = "lmdeploy.serve.core.async_engine:AsyncEngine"
 _NO_PLUGINS = "LMDeploy has no plugins"
 
-# wrapped by the functions of plugin.py in the process of the engine
+# wrapped by functions of ours, in each process that a policy reaches
 HOOKED = {
     "build_pytorch": AttachPoint(
         f"{_ASYNC}._build_pytorch",
@@ -34,6 +35,13 @@ HOOKED = {
         "TurboMind has no place to prune at: says so instead of serving without",
         "the TurboMind engine is compiled, its vision encoder too",
         "TurboMind can prune",
+    ),
+    "launch_servers": AttachPoint(
+        "lmdeploy.serve.openai.launch_server:launch_server",
+        ("backend_config",),
+        "refuses --dp: its servers start in processes that import nothing of ours",
+        _NO_PLUGINS,
+        "such a process can be told to import something",
     ),
     "configure": AttachPoint(
         "lmdeploy.pytorch.config:ModelConfig.from_pretrained",
@@ -57,9 +65,6 @@ HOOKED = {
         "blocks are counted by the length of the sequence, for all layers alike",
         "a cache layout can say how many tokens a block holds in each group of layers",
     ),
-}
-# wrapped in each worker, when it builds a model
-IN_WORKERS = {
     "grouped_plan": AttachPoint(
         "lmdeploy.pytorch.engine.model_agent.agent:build_block_cache_plan",
         ("model_config", "cache_config", "world_size", "request_collector"),
@@ -141,7 +146,7 @@ USED = (
     ),
 )
 
-POINTS = (*HOOKED.values(), *IN_WORKERS.values(), *USED)
+POINTS = (*HOOKED.values(), *USED)
 
 # arguments of the engine that must have one of these values, and what is said of another one
 _ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -195,10 +200,29 @@ def check_arguments(engine_config: Any, speculative_config: Any) -> None:
         raise UnsupportedError(
             "custom_module_map would be overwritten: pruning brings its own; leave it out"
         )
+    if (engine_config.hf_overrides or {}).get("memory_model_path") is not None:
+        raise UnsupportedError(
+            "a memory model (memory_model_path) shares the KV blocks of the pruned one, which hold "
+            "less than it expects; leave it out of hf_overrides"
+        )
+    if _has_flash_attention_3():
+        raise UnsupportedError(
+            "attention by flash-attention 3 was never tested with pruning; uninstall it, and "
+            "LMDeploy takes its Triton kernels"
+        )
     if envs.enable_decode_torch_compile:
         raise UnsupportedError(
             "LMDEPLOY_ENABLE_DECODE_TORCH_COMPILE compiles decode without the hooks; unset it"
         )
+
+
+def _has_flash_attention_3() -> bool:
+    """Would LMDeploy take it? Without asking for the device, which would start CUDA here."""
+    try:
+        importlib.import_module("lmdeploy.pytorch.third_party.flash_attn_interface")
+    except Exception:  # of a compiled package: anything
+        return False
+    return True
 
 
 def check_model(config: Any, adapter: ModelAdapter, facts: Config) -> None:
@@ -215,7 +239,8 @@ def check_model(config: Any, adapter: ModelAdapter, facts: Config) -> None:
     from ep_backends.lmdeploy.module_map import MODULE_MAP
 
     architectures: list[str] = facts.get("architectures") or ["a class without a name"]
-    architecture = architectures[0]
+    # as LMDeploy looks for the class
+    architecture = (facts.get("auto_map") or {}).get("AutoModelForCausalLM", architectures[0])
     if architecture not in MODULE_MAP:
         raise UnsupportedError(
             f"{adapter.family} as {architecture} is not supported in LMDeploy; supported are "
@@ -259,8 +284,7 @@ def check_decoder(model: Any, settings: Settings) -> None:
     attention = layers[0].self_attn.attn_fwd.impl
     if isinstance(attention, TritonAttentionImpl) and type(attention) is not TritonAttentionImpl:
         raise UnsupportedError(
-            f"attention by {type(attention).__name__} was never tested with pruning; uninstall "
-            "flash-attention 3, and LMDeploy takes its Triton kernels"
+            f"attention by {type(attention).__name__} was never tested with pruning"
         )
     if isinstance(model, PiecewiseCudaGraphMixin):
         raise UnsupportedError("piecewise CUDA graphs of prefill fix how many tokens a layer gets")

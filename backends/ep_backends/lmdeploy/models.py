@@ -19,9 +19,8 @@ from lmdeploy.pytorch.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from ep_backends.budgets import KEY
 from ep_backends.lmdeploy.kv import kv_ratio
 from ep_backends.lmdeploy.ledger import check_decoder
-from ep_backends.lmdeploy.plugin import group_cache, settings_of
+from ep_backends.lmdeploy.plugin import settings_of
 from ep_backends.lmdeploy.prefill import DROPPED, PAGES_BELOW, Pruner
-from ep_backends.refusals import refusing
 
 
 class PrunedModel:
@@ -40,9 +39,7 @@ class PrunedModel:
         self._pruner: Pruner | None = None
         if settings is None:
             return
-        with refusing():
-            check_decoder(self, settings)
-        group_cache()
+        check_decoder(self, settings)
         ratio = kv_ratio(settings.policy, settings.shape.layers)
         world, _ = distributed.get_tp_world_rank("attn")
         self._pruner = Pruner(self, settings, ratio, _Ranks() if world > 1 else None)  # type: ignore[arg-type] # mixed into nn.Module

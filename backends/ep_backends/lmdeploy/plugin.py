@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_backends.budgets import KEY, Settings
-from ep_backends.refusals import StartRefused, refusing
+from ep_backends.refusals import refusing
 from ep_core.adapter import Config
 from ep_core.errors import PolicyError, UnsupportedError
 from ep_core.patching import Patches, check_point
@@ -36,10 +37,10 @@ def activate(policy: str | PruningPolicy | None = None) -> Patches:
         PolicyError: the policy cannot be read.
     """
     global _active, _policy
-    if policy is not None:
-        _policy = PruningPolicy.parse(policy) if isinstance(policy, str) else policy
+    given = PruningPolicy.parse(policy) if isinstance(policy, str) else policy
     if _active is None:
         _active = _install()
+    _policy = given or _policy
     return _active
 
 
@@ -62,12 +63,18 @@ def _install() -> Patches:
     wrappers: dict[str, Callable[..., Any]] = {
         "build_pytorch": build_pytorch,
         "build_turbomind": build_turbomind,
+        "launch_servers": launch_servers,
         "configure": configure,
         "plan_request": plan_request,
         "required_blocks": required_blocks,
+        "grouped_plan": grouped_plan,
     }
-    for name, point in HOOKED.items():
-        _wrap(patches, point.target, wrappers[name])
+    try:
+        for name, point in HOOKED.items():
+            _wrap(patches, point.target, wrappers[name])
+    except BaseException:
+        patches.undo()
+        raise
     return patches
 
 
@@ -143,6 +150,9 @@ class Carried(str):
 
     __slots__ = ()
 
+    def __deepcopy__(self, memo: Any) -> Carried:
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _arrive, (str(self),)
 
@@ -162,21 +172,24 @@ def build_pytorch(
 ) -> Any:
     """Around `AsyncEngine._build_pytorch`: settle the policy, refuse what cannot work."""
     from lmdeploy import PytorchEngineConfig
-    from lmdeploy.pytorch.config import ModelConfig
+    from lmdeploy.pytorch.config import ModelConfig, override_hf_config
 
     from ep_backends.lmdeploy.ledger import check_arguments, check_model
 
-    config = backend_config or PytorchEngineConfig()
+    # a copy, because the caller may use theirs again
+    config = PytorchEngineConfig() if backend_config is None else copy.copy(backend_config)
     with refusing():
         policy = policy_for(config.hf_overrides)
         if policy is not None:
             check_arguments(config, speculative_config)
-            facts = engine.hf_cfg.to_dict()
+            overrides = {k: v for k, v in (config.hf_overrides or {}).items() if k != KEY}
+            hf_config = copy.deepcopy(engine.hf_cfg)
+            override_hf_config(hf_config, overrides)
+            facts = hf_config.to_dict()
             settings = settings_for(policy, facts)
-            model_config = ModelConfig.from_hf_config(copy.deepcopy(engine.hf_cfg), model_path)
-            check_model(model_config, settings.adapter, facts)
+            check_model(ModelConfig.from_hf_config(hf_config, model_path), settings.adapter, facts)
             setattr(engine, KEY, settings)
-            config.hf_overrides = (config.hf_overrides or {}) | {KEY: Carried(settings.policy)}
+            config.hf_overrides = overrides | {KEY: Carried(settings.policy)}
     return original(
         engine,
         model_path=model_path,
@@ -199,21 +212,34 @@ def build_turbomind(
     return original(engine, model_path=model_path, backend_config=backend_config, **kwargs)
 
 
+def launch_servers(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around `launch_server`, which starts servers for `--dp` in processes of their own."""
+    from ep_backends.lmdeploy.ledger import check_arguments
+
+    config = inspect.signature(original).bind(*args, **kwargs).arguments["backend_config"]
+    with refusing():
+        if policy_for(config.hf_overrides) is not None:
+            check_arguments(config, None)
+    return original(*args, **kwargs)
+
+
 def configure(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Around `ModelConfig.from_pretrained`: our classes go along to each worker."""
     from ep_backends.lmdeploy import module_map
 
     config = original(*args, **kwargs)
-    value = (kwargs.get("hf_overrides") or {}).get(KEY)
-    if value is None:
-        _forget_classes()
-    elif isinstance(value, Carried):
+    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    overrides = given.get("hf_overrides") or {}
+    if isinstance(overrides.get(KEY), Carried):
         config.custom_module_map = str(Path(module_map.__file__).resolve())
-    else:
-        raise StartRefused(
-            "the engine was started by itself, so that nobody decides what its requests keep; "
-            "start it through lmdeploy.pipeline, AsyncEngine or the server"
-        )
+        return config
+    with refusing():
+        if policy_for(overrides) is not None:
+            raise UnsupportedError(
+                "the engine was started by itself, so that nobody decides what its requests keep; "
+                "start it through lmdeploy.pipeline, AsyncEngine or the server"
+            )
+    _forget_classes()
     return config
 
 
@@ -239,16 +265,6 @@ def settings_of(hf_config: Any) -> Settings | None:
 
 
 # In each worker.
-
-
-def group_cache() -> None:
-    """From now on, a pruned model's KV cache has its layers in two groups; once in a process."""
-    from ep_backends.lmdeploy.ledger import IN_WORKERS
-
-    (point,) = IN_WORKERS.values()
-    if not hasattr(pkgutil.resolve_name(point.target), "__wrapped__"):
-        # for the life of the process: a model without a policy is laid out as ever
-        _wrap(Patches(), point.target, grouped_plan)
 
 
 def grouped_plan(original: Callable[..., Any], model_config: Any, *args: Any, **kwargs: Any) -> Any:

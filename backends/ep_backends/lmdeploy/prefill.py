@@ -52,11 +52,6 @@ class Held:
         """Tokens that layers >= K do not hold."""
         return sum(len(picture.span) - picture.keep for picture in self.pictures)
 
-    def up_to(self, position: int) -> Held:
-        """What was lost before a position: the rest is computed again."""
-        pictures = tuple(p for p in self.pictures if p.span.stop <= position)
-        return Held(pictures, self.passes if position else 0)
-
 
 @dataclass
 class _Picture:
@@ -76,14 +71,12 @@ class _Pass:
         runs: in order, what layers >= K compute: `(first, stop)` tokens of the pass, or a picture.
         computed: tokens of each sequence that layers >= K compute.
         held: tokens of each that they hold afterwards.
-        dropped: tokens that they do not hold, of all sequences.
         tokens: new tokens of the pass.
     """
 
     runs: list[tuple[int, int] | _Picture] = field(default_factory=list)
     computed: list[int] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
-    dropped: int = 0
     tokens: int = 0
     queries: list[torch.Tensor] = field(default_factory=list)  # of each picture, [N, H, D]
     source: torch.Tensor | None = None  # tokens of the pass that went on; None: all
@@ -135,20 +128,29 @@ class Pruner:
         metas: list[dict[str, Any]] | None = context.model_metas
         if context.is_decoding:
             return metas
-        news, totals = torch.stack([context.q_seqlens, context.kv_seqlens]).tolist()
-        pictures = context.input_multimodals or [{}] * len(news)
-        current = self._pass = _Pass()
+        batch = len(context.q_seqlens)
+        held = [_held(meta) for meta in metas] if metas else [Held()] * batch
+        pictures = [_pruned(given) for given in context.input_multimodals or [{}] * batch]
+        shorter = any(pictures) or any(one.dropped for one in held)
+        if batch == 1:  # known without asking the device, which would wait for it
+            news, totals = [context.input_ids.numel()], [context.sum_kv_seqlen]
+        elif shorter:
+            news, totals = torch.stack([context.q_seqlens, context.kv_seqlens]).tolist()
+        else:
+            return [{KEY: Held((), one.passes + 1)} for one in held]
+        current = _Pass()
         after = []
-        for i, (new, total) in enumerate(zip(news, totals, strict=True)):
+        for new, total, before, given in zip(news, totals, held, pictures, strict=True):
             start = total - new
-            held = _held(metas[i] if metas else None).up_to(start)
-            if start and not (metas and metas[i]) and not context.is_dummy:
+            if start and not before.passes:
                 raise RuntimeError(
                     f"entropyprune: {start} tokens of a sequence are cached, and nothing says "
                     "which of them layers >= K hold; please report it"
                 )
-            held = _plan_sequence(current, held, (pictures[i] or {}).get("image", ()), start, new)
-            after.append({KEY: held})
+            # from its start a sequence is computed anew
+            before = before if start else Held()
+            after.append({KEY: _plan_sequence(current, before, given, start, new)})
+        self._pass = current if shorter else None
         return after
 
     def inputs(self, context: Any) -> dict[str, torch.Tensor]:
@@ -190,9 +192,7 @@ class Pruner:
             ends = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
             self._rest = dataclasses.replace(metadata, kv_seqlens=lengths, cu_seqlens_k=ends)
         else:
-            assert self._pass is not None, "a prefill pass was not planned"
-            changed = self._pass.pictures or self._pass.dropped
-            self._rest = _prefill_metadata(metadata, self._pass) if changed else metadata
+            self._rest = metadata if self._pass is None else _prefill_metadata(metadata, self._pass)
 
     def end(self, hidden: torch.Tensor) -> torch.Tensor:
         """After it: spread the output `[1, T', d]` to the pass's tokens; dropped ones read zero."""
@@ -276,15 +276,21 @@ def _held(meta: dict[str, Any] | None) -> Held:
     return held
 
 
-def _plan_sequence(current: _Pass, held: Held, pictures: Any, start: int, new: int) -> Held:
+def _pruned(multimodals: dict[str, Any] | None) -> list[Any]:
+    """Of a sequence's `MultiModalData` in a pass, those that lose tokens, in order."""
+    pictures = (multimodals or {}).get("image", ())
+    return sorted(
+        (data for data in pictures if KEY in (data.meta or {})), key=lambda data: data.start
+    )
+
+
+def _plan_sequence(current: _Pass, held: Held, pictures: list[Any], start: int, new: int) -> Held:
     """Add a sequence's new tokens `[start, start + new)`; what it has lost after them."""
     first = current.tokens
     at = 0  # up to where it is planned
     lost = []
-    for data in sorted(pictures, key=lambda data: data.start):
-        plan: PicturePlan | None = (data.meta or {}).get(KEY)
-        if plan is None:
-            continue
+    for data in pictures:
+        plan: PicturePlan = data.meta[KEY]
         span = VisualSpan(data.start, data.end)
         begin, stop = span.start - start, span.stop - start
         if not at <= begin < stop <= new:
@@ -305,7 +311,6 @@ def _plan_sequence(current: _Pass, held: Held, pictures: Any, start: int, new: i
     after = Held((*held.pictures, *lost), held.passes + 1)
     current.computed.append(new - dropped)
     current.held.append(start + new - after.dropped)
-    current.dropped += after.dropped
     return after
 
 

@@ -14,7 +14,6 @@ from ep_backends.metrics import Metrics
 from ep_core.errors import EntropyPruneError, PolicyError
 from ep_core.spans import VisualSpan
 
-LOGITS = "the request asks for logits of its prompt"
 PERPLEXITY = "the request asks for the perplexity of its prompt"
 OTHER_MEDIA = "video and audio prompts are not pruned yet"
 
@@ -32,7 +31,10 @@ async def plan_request(
     """Around `AsyncEngine.preprocess`: decide, count, and refuse a budget that does not fit."""
     from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
 
-    wishes = wishes_of(messages)
+    try:
+        wishes = wishes_of(messages)
+    except PolicyError as error:
+        raise RequestError(ErrorCode.INVALID_REQUEST, str(error)) from None
     request = await original(engine, messages, session_id, gen_config=gen_config, **kwargs)
     settings: Settings | None = getattr(engine, KEY, None)
     pictures = request.inputs.get("multimodal") or []
@@ -58,16 +60,28 @@ async def plan_request(
 
 
 def wishes_of(messages: Any) -> list[Any]:
-    """What a request asks of pruning for each picture of its messages, None for nothing."""
+    """What a request asks of pruning for each picture of its messages, None for nothing.
+
+    Raises:
+        PolicyError: it stands elsewhere, where nobody would read it.
+    """
     wishes = []
     for message in messages if isinstance(messages, list) else ():
         content = message.get("content") if isinstance(message, Mapping) else None
-        for part in content if isinstance(content, list) else ():
+        parts = (
+            [part for part in content if isinstance(part, Mapping)]
+            if isinstance(content, list)
+            else []
+        )
+        for part in parts:
             kind = part.get("type")
             if kind in PICTURE_TYPES:
                 inner = part.get(kind)
                 asked = inner.get(KEY) if isinstance(inner, Mapping) else None
                 wishes.append(part.get(KEY, asked))
+        others = [part for part in parts if part.get("type") not in PICTURE_TYPES]
+        if any(isinstance(place, Mapping) and KEY in place for place in (message, *others)):
+            raise PolicyError(f"{KEY} stands beside a picture, in the same part of the message")
     return wishes
 
 
@@ -75,8 +89,6 @@ def unprunable(gen_config: Any) -> str | None:
     """Why a request cannot be pruned, whatever its pictures, or None."""
     if gen_config.logprob_start_len >= 0:
         return LOGPROBS
-    if gen_config.output_logits == "all":
-        return LOGITS
     return PERPLEXITY if gen_config.return_ppl else None
 
 

@@ -1,7 +1,8 @@
 """What LMDeploy reads in each worker: which class of ours takes the place of which of its models.
 
-`ModelConfig.custom_module_map` is the path of this file. Nothing here is imported for it but the
-names, so that a worker imports a model's class only when it builds that model.
+`ModelConfig.custom_module_map` is the path of this file. It holds names only, so that a worker
+imports a model's class when it builds that model. It is alone in its folder because LMDeploy
+appends that folder to `sys.path`.
 """
 
 _MODELS = "ep_backends.lmdeploy.models"
