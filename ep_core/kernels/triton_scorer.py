@@ -121,8 +121,7 @@ def _score(
         w_across = tl.sum(tl.where(same, w[:, None], 0.0), 0)
         a -= v[:, None] * w_across[None, :] + w[:, None] * v_across[None, :]
         diagonal = tl.where(row == m, corner, diagonal)
-        coupling = tl.where(turn, norm * norm, alpha * alpha)
-        beside = tl.where(row == m - 1, coupling, beside)
+        beside = tl.where(row == m - 1, alpha * alpha + squares, beside)
     corner = tl.sum(tl.sum(tl.where(same & (row[:, None] == 0), a, 0.0), 1), 0)
     diagonal = tl.where(row == 0, corner, diagonal)
 

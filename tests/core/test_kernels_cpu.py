@@ -103,10 +103,10 @@ def test_a_common_offset_far_larger_than_the_spread_costs_no_digits(library, off
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-25, 1e-12, 1e12, 1e25, 1e36])
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-21, 1e-19, 1e-12, 1e12, 1e16, 1e20, 1e36])
 def test_scales_at_which_float32_squares_overflow_or_vanish(library, scale, normalize):
     q = queries(20, 16, 24) * scale
-    if normalize == "none" and not 1e-20 < scale < 1e20:
+    if normalize == "none" and not 1e-20 < scale < 1e17:
         # the score itself is not a float32 number
         assert torch.equal(
             cpu.matrix_entropy(library, q, "none"),

@@ -38,7 +38,7 @@ constexpr int BLOCK = 4;        // columns of the Gram product in registers, ROW
 constexpr float TINY = 1e-30f;  // of squares of numbers relative to a trace of 1: below is zero
 
 // where float32 is trusted; outside a token goes through double
-constexpr float SMALLEST_TRACE = 1e-20f, LARGEST_TRACE = 1e30f;
+constexpr float SMALLEST_TRACE = 1e-20f;
 constexpr float SMALLEST_CENTRED = 0.25f;    // of the trace before the last centring
 constexpr float SMALLEST_ROW = 1.0f / 256;   // of the mean row, squared norms
 
@@ -166,6 +166,7 @@ template <Format F>
 ivec gram_of_lanes(const Queries& q, const int64_t (&tokens)[LANES], Scratch& s,
                    double (&trace)[LANES]) {
     const int64_t heads = q.heads, rows = padded(heads);
+    // the padding's products are not read; they should be defined all the same
     for (int64_t i = heads * LANES; i < rows * LANES; ++i) s.slice[i] = vec{};
     for (int64_t i = 0; i < at(rows, 0); ++i) s.gram[i] = vec{};
     for (int64_t column = 0; column < q.width; column += LANES) {
@@ -175,8 +176,8 @@ ivec gram_of_lanes(const Queries& q, const int64_t (&tokens)[LANES], Scratch& s,
     const vec before = trace_of(heads, s.gram);
     centre(heads, s);
     vec sum = trace_of(heads, s.gram);
-    // NaN compares false
-    ivec good = (sum > SMALLEST_TRACE) & (sum < LARGEST_TRACE) & (sum > SMALLEST_CENTRED * before);
+    // infinity and NaN compare false
+    ivec good = (sum > SMALLEST_TRACE) & (sum > SMALLEST_CENTRED * before);
     if (q.normalize == ROWS_TO_UNIT) {
         const vec smallest = sum * (SMALLEST_ROW / float(heads));
         for (int64_t i = 0; i < heads; ++i) {
@@ -247,7 +248,7 @@ void tridiagonalise(int64_t heads, Scratch& s, vec* diagonal, vec* beside) {
         const vec alpha = last[m - 1], squared = alpha * alpha + squares;
         const vec norm = square_root(squared);
         const ivec turn = squares > TINY;
-        beside[m - 1] = turn ? squared : alpha * alpha;
+        beside[m - 1] = squared;
         const vec beta = alpha > 0.0f ? -norm : norm;
         const vec length = norm * (norm + (alpha > 0.0f ? alpha : -alpha));
         const vec tau = turn ? 1.0f / (turn ? length : splat(1.0f)) : vec{};
