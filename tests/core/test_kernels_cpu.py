@@ -275,6 +275,22 @@ def test_greedy_picks_are_the_torch_paths(library, n):
             assert torch.equal(actual, greedy_renyi2_torch(gram, k)), f"seed {seed}, k={k}"
 
 
+def test_no_order_of_summation_decides_a_greedy_tie(library):
+    # tokens 3 and 4 have the same squares to 0, 1 and 2, in another order; 0, 1, 2 come first
+    generator = np.random.default_rng(0)
+    decided = 0
+    for _ in range(400):
+        a, b, c = (generator.random(3) * 10.0 ** -generator.integers(0, 4, 3)).astype(np.float32)
+        x, y, z = (float(value) ** 2 for value in (a, b, c))
+        gram = torch.eye(5)
+        gram[3:, 3:] = 1
+        gram[3, :3], gram[4, :3] = torch.tensor([a, b, c]), torch.tensor([b, c, a])
+        gram[:3, 3:] = gram[3:, :3].T
+        assert cpu.greedy_renyi2(library, gram, 4).tolist() == [0, 1, 2, 3]
+        decided += (y + z) + x < (x + y) + z  # without the rounding token 4 would be kept
+    assert decided > 10, f"only {decided} examples show anything"
+
+
 def test_greedy_reads_rows_as_torch_does_whatever_their_layout(library):
     gram = torch.rand(50, 50, generator=torch.Generator().manual_seed(0))  # not symmetric
     expected = greedy_renyi2_torch(gram, 20)
