@@ -73,6 +73,7 @@ test-sglang: setup-sglang
 
 test-lmdeploy: setup-lmdeploy
 	.venv-lmdeploy/bin/pytest tests/lmdeploy
+	.venv-lmdeploy/bin/pytest tests/triton # ours, for which this environment has Triton
 
 clean:
 	rm -rf $(VENV) .venv-third-party .venv-sglang .venv-lmdeploy .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
