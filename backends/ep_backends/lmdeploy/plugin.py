@@ -176,24 +176,24 @@ def build_pytorch(
 
     from ep_backends.lmdeploy.ledger import check_arguments, check_model
 
-    # a copy, because the caller may use theirs again
-    config = PytorchEngineConfig() if backend_config is None else copy.copy(backend_config)
     with refusing():
-        policy = policy_for(config.hf_overrides)
+        policy = policy_for(getattr(backend_config, "hf_overrides", None))
         if policy is not None:
-            check_arguments(config, speculative_config)
-            overrides = {k: v for k, v in (config.hf_overrides or {}).items() if k != KEY}
+            # a copy, because the caller may use theirs again
+            backend_config = copy.copy(backend_config or PytorchEngineConfig())
+            check_arguments(backend_config, speculative_config)
+            overrides = {k: v for k, v in (backend_config.hf_overrides or {}).items() if k != KEY}
             hf_config = copy.deepcopy(engine.hf_cfg)
             override_hf_config(hf_config, overrides)
             facts = hf_config.to_dict()
             settings = settings_for(policy, facts)
             check_model(ModelConfig.from_hf_config(hf_config, model_path), settings.adapter, facts)
             setattr(engine, KEY, settings)
-            config.hf_overrides = overrides | {KEY: Carried(settings.policy)}
+            backend_config.hf_overrides = overrides | {KEY: Carried(settings.policy)}
     return original(
         engine,
         model_path=model_path,
-        backend_config=config,
+        backend_config=backend_config,
         speculative_config=speculative_config,
         **kwargs,
     )
