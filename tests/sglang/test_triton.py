@@ -3,6 +3,8 @@
 Here Triton's interpreter runs them: the same source, on the CPU.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from ep_conformance.checkpoints import make_picture, tiny_qwen2_5_vl
@@ -30,4 +32,7 @@ def test_triton_matches_the_oracle(monkeypatch, tmp_path):
     assert [list(span.kept) for span in cold.spans] == expected.kept
     assert list(cold.output_ids) == expected.output_ids
     assert cold.kv == KVSlots(*expected.kv)
-    assert cached == cold, "with its prefix from the cache, the request gets another answer"
+    assert cached.cached_tokens > 0
+    assert replace(cached, cached_tokens=0) == cold, (
+        "with its prefix from the cache, the request gets another answer"
+    )
