@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ep_core.adapter import Config, ModelAdapter
+from ep_core.backend import Request
 from ep_core.budget import BUDGETS, DecoderShape, FlopsReduction
-from ep_core.errors import BudgetError, PolicyError
+from ep_core.errors import BudgetError, PolicyError, UnsupportedError
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
 from ep_core.selectors import Selector
@@ -66,6 +67,26 @@ class Settings:
         """The first layer that sees the kept tokens only."""
         assert isinstance(self.policy.layer, int)
         return self.policy.layer
+
+
+def wish_of(request: Request, pruned: bool) -> Any:
+    """What a session's request asks for, as `policy_of` reads it: its budget, and the details.
+
+    Args:
+        request: of `ep_core.backend`.
+        pruned: has the server a policy?
+
+    Raises:
+        UnsupportedError: it has a budget, and the server no policy.
+    """
+    if isinstance(request.budget, str):
+        return "off" if pruned else None
+    if not pruned:
+        if request.budget is not None:
+            raise UnsupportedError("a request has a budget only where the server has a policy")
+        return None
+    own = {} if request.budget is None else {request.budget.key: request.budget.value}
+    return own | {"details": True}
 
 
 def policy_of(asked: Any, server: PruningPolicy) -> tuple[PruningPolicy | None, bool]:

@@ -18,6 +18,8 @@ import pytest
 from ep_core import demo
 from ep_core.pictures import read_picture
 
+from ..servers import counters, post  # noqa: TID252 # tests are no installed package
+
 SAMPLES = json.loads((demo.PICTURES / "samples.json").read_text())
 START_SECONDS, STARTS = 120, 8
 NUMBER = "what number is written?"
@@ -81,18 +83,6 @@ def answers(address, server):
     return False
 
 
-def post(address, body):
-    """The answer, or the status and the message of an error."""
-    request = urllib.request.Request(
-        address, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return 200, json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
 def part(sample, wish=None, inside=False):
     """A picture as a part of a message, and what it asks of pruning."""
     buffer = io.BytesIO()
@@ -121,19 +111,6 @@ def ask(address, *content, **more):
 
 def text_of(answer):
     return answer["choices"][0]["message"]["content"].strip()
-
-
-def counters(address):
-    """Our counters, labels other than the reason left out."""
-    with urllib.request.urlopen(f"{address}/metrics/", timeout=30) as response:
-        lines = response.read().decode().splitlines()
-    found = {}
-    for line in lines:
-        if line.startswith("entropyprune:") and "_created" not in line:
-            name, value = line.rsplit(" ", 1)
-            reason = name.split('reason="')[1].split('"')[0] if "reason=" in name else ""
-            found[name.split("{")[0].removeprefix("entropyprune:"), reason] = float(value)
-    return found
 
 
 @contextmanager

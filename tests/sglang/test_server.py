@@ -18,6 +18,8 @@ import pytest
 from ep_core import demo
 from ep_core.pictures import read_picture
 
+from ..servers import counters, post  # noqa: TID252 # tests are no installed package
+
 SAMPLES = json.loads((demo.PICTURES / "samples.json").read_text())
 START_SECONDS = 150
 
@@ -56,18 +58,6 @@ def wait_for(address, server, log):
         time.sleep(0.5)
 
 
-def post(address, body):
-    """The answer, or the status and the message of an error."""
-    request = urllib.request.Request(
-        address, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=120) as response:
-            return 200, json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
 def picture_url(picture):
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
@@ -87,19 +77,6 @@ def ask(address, picture, question, **more):
         "messages": [{"role": "user", "content": content}],
     }
     return post(f"{address}/v1/chat/completions", body | more)
-
-
-def counters(address):
-    """Our counters, labels other than the reason left out."""
-    with urllib.request.urlopen(f"{address}/metrics", timeout=30) as response:
-        lines = response.read().decode().splitlines()
-    found = {}
-    for line in lines:
-        if line.startswith("entropyprune:") and "_created" not in line:
-            name, value = line.rsplit(" ", 1)
-            reason = name.split('reason="')[1].split('"')[0] if "reason=" in name else ""
-            found[name.split("{")[0].removeprefix("entropyprune:"), reason] = float(value)
-    return found
 
 
 @pytest.fixture(scope="module")

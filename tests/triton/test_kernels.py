@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton comes with the engines' environments")
 
 from ep_conformance.selection_cases import stored_cases, stored_tensors
 from ep_core.entropy import NORMALIZATIONS, cosine_gram, matrix_entropy

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 
-from ep_backends.budgets import KEY
+from ep_backends.budgets import KEY, wish_of
 from ep_backends.selection import select
 from ep_core.backend import Answer, Capabilities, KVSlots, Request, Serving, check_placement
 from ep_core.checkpoint import read_config
@@ -253,13 +253,7 @@ class LMDeploySession:
 
     def _parts(self, request: Request) -> list[dict[str, Any]]:
         """A message's parts as LMDeploy takes them, and what each picture asks of pruning."""
-        budget = request.budget
-        wish: Any = None
-        if self._pruned:
-            own = {} if budget in (None, "off") else {budget.key: budget.value}  # type: ignore[union-attr] # a budget
-            wish = "off" if budget == "off" else own | {"details": True}
-        elif budget not in (None, "off"):
-            raise UnsupportedError("a request has a budget only where the server has a policy")
+        wish = wish_of(request, self._pruned)
         return [
             {"type": "text", "text": part}
             if isinstance(part, str)

@@ -22,8 +22,10 @@ from ep_backends.lmdeploy.ledger import check_decoder
 from ep_backends.lmdeploy.plugin import settings_of
 from ep_backends.lmdeploy.prefill import DROPPED, PAGES_BELOW, Pruner
 
+_Model: Any = object  # behind the mixin: a class of LMDeploy's, which is untyped
 
-class PrunedModel:
+
+class PrunedModel(_Model):  # type: ignore[misc] # as it says
     """Mixed in front of a class of LMDeploy's."""
 
     def __init__(self, config: Any, ctx_mgr: Any, *args: Any, **kwargs: Any) -> None:
@@ -34,7 +36,7 @@ class PrunedModel:
             ctx_mgr: LMDeploy's `StepContextManager`.
             args, kwargs: more arguments of LMDeploy's model.
         """
-        super().__init__(config, ctx_mgr, *args, **kwargs)  # type: ignore[call-arg] # of LMDeploy's model
+        super().__init__(config, ctx_mgr, *args, **kwargs)
         settings = settings_of(config)
         self._pruner: Pruner | None = None
         if settings is None:
@@ -42,18 +44,18 @@ class PrunedModel:
         check_decoder(self, settings)
         ratio = kv_ratio(settings.policy, settings.shape.layers)
         world, _ = distributed.get_tp_world_rank("attn")
-        self._pruner = Pruner(self, settings, ratio, _Ranks() if world > 1 else None)  # type: ignore[arg-type] # mixed into nn.Module
+        self._pruner = Pruner(self, settings, ratio, _Ranks() if world > 1 else None)
 
     def get_input_processor(self) -> Any:
         """LMDeploy's, and what was decided of each picture comes along."""
-        processor = super().get_input_processor()  # type: ignore[misc] # of LMDeploy's model
+        processor = super().get_input_processor()
         return processor if self._pruner is None else _InputProcessor(processor)
 
     def update_model_metas(
         self, past_key_values: Any, inputs_embeds: Any = None, context: Any = None
     ) -> Any:
         """Before each pass: what each sequence will have lost after it."""
-        metas = super().update_model_metas(past_key_values, inputs_embeds, context)  # type: ignore[misc]
+        metas = super().update_model_metas(past_key_values, inputs_embeds, context)
         if self._pruner is None:
             return metas
         assert metas is None, "LMDeploy's own model has begun to use model_metas"
@@ -63,7 +65,7 @@ class PrunedModel:
         self, past_key_values: Any, inputs_embeds: Any = None, context: Any = None
     ) -> dict[str, Any]:
         """LMDeploy's inputs of a pass, and ours."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             past_key_values, inputs_embeds, context
         )
         return inputs if self._pruner is None else inputs | self._pruner.inputs(context)
@@ -71,10 +73,10 @@ class PrunedModel:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """LMDeploy's forward pass, between the pruner's beginning and end."""
         if self._pruner is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         pages, dropped = kwargs.pop(PAGES_BELOW), kwargs.pop(DROPPED, None)
         self._pruner.begin(kwargs["attn_metadata"], pages, dropped)
-        return self._pruner.end(super().forward(*args, **kwargs))  # type: ignore[misc]
+        return self._pruner.end(super().forward(*args, **kwargs))
 
     # CUDA graphs of decode: static buffers, filled before each replay.
 
@@ -82,7 +84,7 @@ class PrunedModel:
         self, graph_meta: Any, *args: Any, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         """Allocate what a captured graph will read."""
-        buffers: dict[str, torch.Tensor] = super().make_buffers_cudagraph(  # type: ignore[misc]
+        buffers: dict[str, torch.Tensor] = super().make_buffers_cudagraph(
             graph_meta, *args, **kwargs
         )
         if self._pruner is not None:
@@ -93,7 +95,7 @@ class PrunedModel:
 
     def fill_buffers_cudagraph(self, graph_meta: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Copy a step's inputs to where the graph reads them; lanes that pad it read block 0."""
-        inputs: dict[str, Any] = super().fill_buffers_cudagraph(graph_meta, *args, **kwargs)  # type: ignore[misc]
+        inputs: dict[str, Any] = super().fill_buffers_cudagraph(graph_meta, *args, **kwargs)
         if self._pruner is not None:
             for name in (DROPPED, PAGES_BELOW):
                 buffer, given = graph_meta.input_buffers[name], kwargs[name]
@@ -138,17 +140,17 @@ class _Ranks:
         distributed.broadcast(tensor, first, group=group)
 
 
-class PrunedQwen2VL(PrunedModel, Qwen2VLForConditionalGeneration):  # type: ignore[misc]
+class PrunedQwen2VL(PrunedModel, Qwen2VLForConditionalGeneration):  # type: ignore[misc] # untyped
     """Qwen2-VL."""
 
 
-class PrunedQwen2_5VL(PrunedModel, Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
+class PrunedQwen2_5VL(PrunedModel, Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc] # untyped
     """Qwen2.5-VL."""
 
 
-class PrunedLlava(PrunedModel, LlavaForConditionalGeneration):  # type: ignore[misc]
+class PrunedLlava(PrunedModel, LlavaForConditionalGeneration):  # type: ignore[misc] # untyped
     """LLaVA-1.5."""
 
 
-class PrunedInternVL(PrunedModel, InternVLForConditionalGeneration):  # type: ignore[misc]
+class PrunedInternVL(PrunedModel, InternVLForConditionalGeneration):  # type: ignore[misc] # untyped
     """InternVL3 in Hugging Face layout."""

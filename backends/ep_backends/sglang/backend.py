@@ -7,14 +7,12 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-import torch
-
+from ep_backends.budgets import KEY, wish_of
 from ep_backends.selection import select
 from ep_core.backend import Answer, Capabilities, KVSlots, Request, Serving, check_placement
 from ep_core.checkpoint import read_config
@@ -22,9 +20,8 @@ from ep_core.errors import EntropyPruneError, UnsupportedError
 from ep_core.patching import PointStatus, check_point
 from ep_core.pictures import read_picture
 from ep_core.plugins import registry
-from ep_core.policy import ENV, PruningPolicy
+from ep_core.policy import PruningPolicy, no_policy_in_environment
 from ep_core.report import SpanRecord
-from ep_core.spans import VisualSpan
 
 PLUGINS_ENV = "SGLANG_PLUGINS"  # names of the plugins that SGLang loads; unset: all of them
 NO_PICTURES = "the prompt has no visual tokens"
@@ -81,18 +78,8 @@ class SGLangBackend:
 
         return [_check_entry_point(), *map(check_point, POINTS)]
 
-    def select(
-        self,
-        method: str,
-        spans: Sequence[VisualSpan],
-        keep: Sequence[int],
-        *,
-        queries: torch.Tensor | None = None,
-        hidden: torch.Tensor | None = None,
-        device: str = "cpu",
-    ) -> list[list[int]]:
-        """Select as the hooks do: each picture's tokens apart, one after the other."""
-        return select(method, spans, keep, queries=queries, hidden=hidden, device=device)
+    # as the hooks do: each picture's tokens apart
+    select = staticmethod(select)
 
     def server_command(self, arguments: Sequence[str]) -> list[str]:
         """SGLang's own launcher."""
@@ -149,7 +136,7 @@ class SGLangSession:
         self._processor = load_processor(Path(arguments.get("tokenizer_path") or model))
         self._pruned = policy is not None
         override = {} if policy is None else {"entropyprune": policy.to_json()}
-        with _no_policy_in_environment():
+        with no_policy_in_environment():
             import sglang
 
             self.engine = sglang.Engine(
@@ -195,6 +182,7 @@ class SGLangSession:
     async def _ask(self, request: Request) -> dict[str, Any]:
         """SGLang's last output for one request; of a client that left, the last that it got."""
         name = uuid.uuid4().hex
+        wish = wish_of(request, self._pruned)
         pictures = [read_picture(part) for part in request.content if isinstance(part, Path)]
         # a batch of one: alone, SGLang takes a prompt with several pictures for one with one
         stream = await self.engine.async_generate(
@@ -205,7 +193,7 @@ class SGLangSession:
                 {
                     "temperature": 0,
                     "max_new_tokens": request.max_new_tokens,
-                    "custom_params": self._wish(request),
+                    "custom_params": None if wish is None else {KEY: wish},
                 }
             ],
             return_logprob=True,
@@ -219,18 +207,6 @@ class SGLangSession:
             if len(got["output_ids"]) >= enough:
                 self.engine.tokenizer_manager.abort_request(rid=name)
         return got
-
-    def _wish(self, request: Request) -> dict[str, Any] | None:
-        """What a request asks of pruning, as SGLang's `custom_params`."""
-        budget = request.budget
-        if not self._pruned:
-            if budget not in (None, "off"):
-                raise UnsupportedError("a request has a budget only where the server has a policy")
-            return None
-        if budget == "off":
-            return {"entropyprune": "off"}
-        own = {} if budget is None else {budget.key: budget.value}
-        return {"entropyprune": own | {"details": True}}
 
     def layer_entropies(self, request: Request) -> NoReturn:
         """Not offered: hidden states of every layer do not leave the engine."""
@@ -304,15 +280,3 @@ def _check_entry_point() -> PointStatus:
             target, "FAILED", f"{PLUGINS_ENV} keeps it out; set {PLUGINS_ENV}={wanted}"
         )
     return PointStatus(target, "ok", "SGLang loads the plugin in each of its processes")
-
-
-@contextmanager
-def _no_policy_in_environment() -> Iterator[None]:
-    """What a session prunes is its own argument alone, and no later process inherits it."""
-    value = os.environ.pop(ENV, None)
-    try:
-        yield
-    finally:
-        os.environ.pop(ENV, None)
-        if value is not None:
-            os.environ[ENV] = value
