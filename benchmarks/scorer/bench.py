@@ -1,29 +1,20 @@
 """Time the scorers and the greedy set against what they replace, in one run.
 
-    python benchmarks/scorer/bench.py --json benchmarks/results/scorer.json
-
-Ratios are medians over rounds of the ratio within a round; in a round every path runs once in
-turn, so that what else the machine does meets all of them. The table goes to a Markdown file beside
-the JSON file.
+python -m benchmarks.scorer.bench --out benchmarks/results/scorer
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
-import shlex
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from benchmarks.report import environment, heading, publish, ratio, table, timed
 from ep_core import kernels
 from ep_core.entropy import cosine_gram, matrix_entropy
 from ep_core.selectors import greedy_renyi2_torch
@@ -60,26 +51,12 @@ def fused(q: torch.Tensor) -> torch.Tensor:
     return matrix_entropy(q, "none")
 
 
-def timed(paths: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each path in each round, after one round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in paths}
-    for round_ in range(rounds + 1):
-        for name, path in paths.items():
-            start = time.perf_counter()
-            path()
-            if round_:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return times
-
-
 def summary(times: dict[str, list[float]], base: str) -> dict[str, Any]:
     """Median milliseconds, and how many times faster than `base` each path is."""
     return {
         name: {
             "ms": round(statistics.median(values), 3),
-            f"times faster than {base}": round(
-                statistics.median(b / v for b, v in zip(times[base], values, strict=True)), 2
-            ),
+            f"times faster than {base}": round(ratio(times[base], values), 2),
         }
         for name, values in times.items()
     }
@@ -95,9 +72,12 @@ def scorers(tokens: int, heads: int, width: int, rounds: int) -> dict[str, Any]:
         "dual reference": lambda: dual_reference(q),
         "fused": lambda: fused(q),
     }
-    quick = timed(paths, rounds)
+    what = f"scorers, {tokens} tokens"
+    quick = timed(paths, rounds, what)
     slow = timed(
-        {"primal": lambda: primal(q), "released": lambda: released(q)}, max(1, rounds // 5)
+        {"primal": lambda: primal(q), "released": lambda: released(q)},
+        max(1, rounds // 5),
+        f"{what}, primal",
     )
     x = (q - q.mean(dim=1, keepdim=True)).double()
     covariance, gram = x.mT @ x / heads, x @ x.mT / heads
@@ -107,6 +87,7 @@ def scorers(tokens: int, heads: int, width: int, rounds: int) -> dict[str, Any]:
             "dual": lambda: torch.linalg.eigvalsh(gram),
         },
         max(1, rounds // 5),
+        f"{what}, eigenvalues",
     )
     reference = dual_reference(q).double()
     trace = (q.double() - q.double().mean(dim=1, keepdim=True)).square().sum(dim=(1, 2)) / heads
@@ -116,19 +97,16 @@ def scorers(tokens: int, heads: int, width: int, rounds: int) -> dict[str, Any]:
         "tokens": tokens,
         "paths": summary(quick, "released"),
         "primal ms": round(statistics.median(slow["primal"]), 1),
-        "dual over primal, whole scorer": ratio(slow["primal"], slow["released"]),
-        "dual over primal, eigenvalues": ratio(decompositions["primal"], decompositions["dual"]),
+        "dual over primal, whole scorer": round(ratio(slow["primal"], slow["released"]), 1),
+        "dual over primal, eigenvalues": round(
+            ratio(decompositions["primal"], decompositions["dual"]), 1
+        ),
         "largest error of fused, of max(|score|, tr A / ln H)": float(
             f"{float(((fused(q).double() - reference).abs() / unit).max()):.1e}"
         ),
         "kept sets equal float64's at a quarter": set(fused(q).topk(half).indices.tolist())
         == set(reference.topk(half).indices.tolist()),
     }
-
-
-def ratio(slow: list[float], fast: list[float]) -> float:
-    """Median over rounds."""
-    return round(statistics.median(a / b for a, b in zip(slow, fast, strict=True)), 1)
 
 
 def greedy(tokens: int, width: int, keep: int, rounds: int) -> dict[str, Any]:
@@ -143,6 +121,7 @@ def greedy(tokens: int, width: int, keep: int, rounds: int) -> dict[str, Any]:
             "Gram matrix": lambda: cosine_gram(hidden),
         },
         rounds,
+        f"greedy set, {tokens} tokens of width {width}",
     )
     return {
         "tokens": tokens,
@@ -152,67 +131,72 @@ def greedy(tokens: int, width: int, keep: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def processor() -> str:
-    """Its name as Linux tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(names)} cores"
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The tables."""
-    machine = result["machine"]
+def report(result: dict[str, Any]) -> list[str]:
+    """The tables in Markdown."""
     lines = [
-        "# Scorer and greedy set: time",
+        *heading("Scorer and greedy set: time", result),
+        f"{result['kernels']}. Queries `[N, {result['heads']}, {result['width']}]` in bfloat16, "
+        f"`released` scores. Medians over {result['rounds']} rounds.",
         "",
-        f"{machine['processor']}; {machine['threads']} thread; {machine['kernels']}; torch "
-        f"{machine['torch']}, numpy {machine['numpy']}, Python {machine['python']}.",
-        "",
-        f"    {result['command']}",
-        "",
-        f"Queries `[N, {result['heads']}, {result['width']}]` in bfloat16, `released` scores. "
-        f"Medians over {result['rounds']} rounds; the machine was shared, so trust ratios more "
-        "than times.",
-        "",
-        "| N | released, ms | dual reference, ms | fused, ms | fused against released "
-        "| primal covariance, ms | largest error of fused |",
-        "|---|---|---|---|---|---|---|",
     ]
+    rows = []
     for row in result["scorer"]:
         paths = row["paths"]
-        lines.append(
-            f"| {row['tokens']} | {paths['released']['ms']:.1f} "
-            f"| {paths['dual reference']['ms']:.1f} | {paths['fused']['ms']:.2f} "
-            f"| **{paths['fused']['times faster than released']:.1f}x** | {row['primal ms']:.0f} "
-            f"| {row['largest error of fused, of max(|score|, tr A / ln H)']:.0e} |"
+        rows.append(
+            [
+                row["tokens"],
+                f"{paths['released']['ms']:.1f}",
+                f"{paths['dual reference']['ms']:.1f}",
+                f"{paths['fused']['ms']:.2f}",
+                f"**{paths['fused']['times faster than released']:.1f}x**",
+                f"{row['primal ms']:.0f}",
+                f"{row['largest error of fused, of max(|score|, tr A / ln H)']:.0e}",
+            ]
         )
+    header = [
+        "N",
+        "released, ms",
+        "dual reference, ms",
+        "fused, ms",
+        "fused against released",
+        "primal covariance, ms",
+        "largest error of fused",
+    ]
+    lines += table(header, rows)
     lines += [
         "",
         f"The paper counts {PAPER}x for the dual decomposition of 32 heads of width 128. Measured:",
         "",
-        "| N | eigenvalues alone | whole scorer |",
-        "|---|---|---|",
-    ]
-    lines += [
-        f"| {row['tokens']} | {row['dual over primal, eigenvalues']:.1f}x "
-        f"| {row['dual over primal, whole scorer']:.1f}x |"
-        for row in result["scorer"]
-    ]
-    lines += [
+        *table(
+            ["N", "eigenvalues alone", "whole scorer"],
+            [
+                [
+                    row["tokens"],
+                    f"{row['dual over primal, eigenvalues']:.1f}x",
+                    f"{row['dual over primal, whole scorer']:.1f}x",
+                ]
+                for row in result["scorer"]
+            ],
+        ),
         "",
         "The greedy set of `set-entropy`:",
         "",
-        "| N | width | kept | steps in torch, ms | steps fused, ms | Gram matrix, ms |",
-        "|---|---|---|---|---|---|",
     ]
+    rows = []
     for row in result["greedy"]:
-        times = [row["paths"][name]["ms"] for name in row["paths"]]
-        lines.append(
-            f"| {row['tokens']} | {row['width']} | {row['kept']} | {times[0]:.1f} "
-            f"| {times[1]:.2f} | {times[2]:.1f} |"
+        torch_steps, fused_steps, gram = (path["ms"] for path in row["paths"].values())
+        rows.append(
+            [
+                row["tokens"],
+                row["width"],
+                row["kept"],
+                f"{torch_steps:.1f}",
+                f"{fused_steps:.2f}",
+                f"{gram:.1f}",
+            ]
         )
-    return "\n".join(lines) + "\n"
+    header = ["N", "width", "kept", "steps in torch, ms", "steps fused, ms", "Gram matrix, ms"]
+    return lines + table(header, rows)
 
 
 def main() -> None:
@@ -223,35 +207,22 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": {
-            "processor": processor(),
-            "threads": args.threads,
-            "kernels": kernels.describe("cpu").partition(" (")[0],
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
+        **environment(["torch", "numpy"]),
+        "kernels": kernels.describe("cpu").partition(" (")[0],
         "heads": args.heads,
         "width": args.width,
         "rounds": args.rounds,
-        "scorer": [],
-        "greedy": [],
+        "scorer": [scorers(n, args.heads, args.width, args.rounds) for n in args.tokens],
+        "greedy": [
+            greedy(tokens, width, keep, args.rounds)
+            for tokens, width, keep in ((576, 1024, 166), (576, 4096, 166), (2880, 4096, 832))
+        ],
     }
-    for tokens in args.tokens:
-        print(f"scorers, {tokens} tokens ...", file=sys.stderr)
-        result["scorer"].append(scorers(tokens, args.heads, args.width, args.rounds))
-    for tokens, width, keep in ((576, 1024, 166), (576, 4096, 166), (2880, 4096, 832)):
-        print(f"greedy set, {tokens} tokens of width {width} ...", file=sys.stderr)
-        result["greedy"].append(greedy(tokens, width, keep, args.rounds))
-    print(markdown(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-        args.json.with_suffix(".md").write_text(markdown(result))
+    publish(result, report(result), args.out)
 
 
 if __name__ == "__main__":
