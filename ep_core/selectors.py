@@ -20,7 +20,7 @@ from ep_core.errors import EntropyPruneError, PluginError
 from ep_core.hookspecs import hookimpl
 from ep_core.policy import METHOD_NAME
 
-Need = Literal["queries", "hidden"]
+Need = Literal["queries", "hidden", "attention"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,22 @@ class SpanInputs:
     Attributes:
         queries: `[N, H, D]` query states of layer K-1 at the projection, before RoPE.
         hidden: `[N, d]` hidden states entering layer K.
+        attention: `[H, T, N]` attention probabilities in layer K-1 of the prompt's T tokens behind
+            the span. Only engines that compute attention maps have them, and what depends on the
+            tokens behind a picture cannot be cached with the picture.
     """
 
     queries: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int | None:
+        """N, the smallest where the inputs differ; None where none is set."""
+        sizes = [len(tensor) for tensor in (self.queries, self.hidden) if tensor is not None]
+        if self.attention is not None:
+            sizes.append(self.attention.shape[2])
+        return min(sizes, default=None)
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class Selector:
         for need in self.needs:
             if getattr(inputs, need) is None:
                 raise EntropyPruneError(f"selector {self.name!r} needs {need}, none were given")
-        n = min((len(getattr(inputs, need)) for need in self.needs), default=k)
+        n = k if inputs.tokens is None else inputs.tokens
         if not 1 <= k <= n:
             raise EntropyPruneError(f"cannot keep {k} of the {n} tokens of a span")
         kept = self.select(inputs, k)

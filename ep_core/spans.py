@@ -84,6 +84,7 @@ def select(
     *,
     queries: torch.Tensor | None = None,
     hidden: torch.Tensor | None = None,
+    attention: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Which tokens each span keeps; never one budget over several spans.
 
@@ -93,12 +94,13 @@ def select(
         keep: tokens kept per span, from `plan`.
         queries: `[T, H, D]` query states of layer K-1, where the selector needs them.
         hidden: `[T, d]` hidden states entering layer K, where the selector needs them.
+        attention: `[H, T, T]` attention probabilities of layer K-1, where the selector needs them.
 
     Returns:
         For each span `[keep]` int64 indices relative to its start, ascending.
     """
-    tokens = min(len(tensor) for tensor in (queries, hidden) if tensor is not None)
-    if outside := [span for span in spans if span.stop > tokens]:
+    tokens = SpanInputs(queries, hidden, attention).tokens
+    if outside := [span for span in spans if tokens is not None and span.stop > tokens]:
         raise EntropyPruneError(f"{outside[0]} lies outside the prompt's {tokens} tokens")
     chosen = []
     for span, k in zip(spans, keep, strict=True):
@@ -106,6 +108,7 @@ def select(
         inputs = SpanInputs(
             queries=None if queries is None else queries[window],
             hidden=None if hidden is None else hidden[window],
+            attention=None if attention is None else attention[:, span.stop :, window],
         )
         chosen.append(selector(inputs, k))
     return chosen

@@ -56,11 +56,17 @@ class Settings:
             config: config.json of the checkpoint.
 
         Raises:
-            EntropyPruneError: there is no such layer or method.
+            EntropyPruneError: there is no such layer or method, or no server can run it.
         """
         shape = adapter.decoder_shape(config)
         policy = policy.at_layer(adapter.default_layer, shape.layers)
-        return cls(policy, adapter, shape, registry().selector(policy.method))
+        selector = registry().selector(policy.method)
+        if "attention" in selector.needs:
+            raise UnsupportedError(
+                f"method {policy.method!r} reads attention maps, which a server's fused kernels "
+                "do not give; use transformers with attn_implementation='eager'"
+            )
+        return cls(policy, adapter, shape, selector)
 
     @property
     def layer(self) -> int:

@@ -106,11 +106,13 @@ class TransformersSession(Session):
     ) -> None:
         registry().adapter(read_config(model)["model_type"])
         check_placement(device, dtype)
+        # only this attention gives the maps that some methods read
+        maps = policy is not None and "attention" in registry().selector(policy.method).needs
         try:
             self.model = transformers.AutoModelForImageTextToText.from_pretrained(
                 model,
                 dtype="auto" if dtype is None else getattr(torch, dtype),
-                attn_implementation=ATTENTION,
+                attn_implementation="eager" if maps else ATTENTION,
             )
             self.processor = load_processor(model)
         except Exception as error:  # a damaged checkpoint can raise anything

@@ -19,6 +19,7 @@ from ep_core.budget import FlopsReduction
 from ep_core.errors import UnsupportedError
 from ep_core.patching import AttachPoint, missing_parameters
 from ep_core.policy import PruningPolicy
+from ep_core.selectors import Selector
 
 _LAYER_INPUTS = (
     "hidden_states",
@@ -88,8 +89,10 @@ _REFUSED_OPTIONS = _BY_LAYER | {
 }
 
 
-def check_decoder(decoder: Any, adapter: ModelAdapter, *, query_norm: bool) -> None:
-    """Refuse decoders that the hooks do not fit.
+def check_decoder(
+    decoder: Any, adapter: ModelAdapter, selector: Selector, *, query_norm: bool
+) -> None:
+    """Refuse decoders that the hooks, or the method, do not fit.
 
     Raises:
         UnsupportedError: with the property, and what is supported.
@@ -99,6 +102,12 @@ def check_decoder(decoder: Any, adapter: ModelAdapter, *, query_norm: bool) -> N
         raise UnsupportedError(
             f"attention implementation {config._attn_implementation!r} is not proven with "
             f"pruning; load the model with attn_implementation set to one of {', '.join(ATTENTION)}"
+        )
+    if "attention" in selector.needs and config._attn_implementation != "eager":
+        raise UnsupportedError(
+            f"method {selector.name!r} reads attention maps, which "
+            f"{config._attn_implementation!r} does not give; load the model with "
+            "attn_implementation='eager'"
         )
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if getattr(config, "sliding_window", None):

@@ -74,7 +74,7 @@ def enable(model: PreTrainedModel, policy: PruningPolicy | str) -> Pruning:
     config = model.config.to_dict()
     policy = policy.at_layer(adapter.default_layer, adapter.decoder_shape(config).layers)
     selector = registry().selector(policy.method)
-    check_decoder(decoder, adapter, query_norm=adapter.query_norm(config))
+    check_decoder(decoder, adapter, selector, query_norm=adapter.query_norm(config))
     return Pruning(model, policy, adapter, selector)
 
 
@@ -87,6 +87,7 @@ class Row:
         keep: tokens kept of each.
         kept: once selected, `[keep]` indices relative to each span's start.
         first: prompt position of column 0; earlier turns count, padding does not.
+        stop: the column behind its last token.
         reason: why nothing is pruned, or None.
     """
 
@@ -94,6 +95,7 @@ class Row:
     keep: Sequence[int] = ()
     kept: Sequence[torch.Tensor] = ()
     first: int = 0
+    stop: int = 0
     reason: str | None = None
 
     @property
@@ -120,6 +122,7 @@ def choose(
     *,
     queries: torch.Tensor | None,
     hidden: torch.Tensor | None,
+    attention: torch.Tensor | None = None,
 ) -> None:
     """Select in every row that drops tokens, filling in `Row.kept`.
 
@@ -128,6 +131,7 @@ def choose(
         rows: B rows.
         queries: `[B, N, H, D]`, where the selector needs them.
         hidden: `[B, N, d]`, where the selector needs them.
+        attention: `[B, H, N, N]`, where the selector needs them.
     """
     for b, row in enumerate(rows):
         if row.dropped:
@@ -137,6 +141,7 @@ def choose(
                 row.keep,
                 queries=None if queries is None else queries[b],
                 hidden=None if hidden is None else hidden[b],
+                attention=None if attention is None else attention[b, :, : row.stop],
             )
 
 
@@ -149,6 +154,7 @@ class _Pass:
     cached: int
     held: int | None  # M <= N: new columns that layers >= K hold; None if nothing is dropped
     queries: torch.Tensor | None = None  # [B, N, H, D]
+    attention: torch.Tensor | None = None  # [B, H, N, N]
     index: torch.Tensor | None = None  # [B, M]: which new columns, padding first, then ascending
     later_inputs: dict[str, Any] = field(default_factory=dict)
 
@@ -228,6 +234,8 @@ class Pruning:
             normed = self._adapter.query_norm(self._config)
             projection = attention.q_norm if normed else attention.q_proj
             hook(projection.register_forward_hook(self._after_queries))
+        if "attention" in self._selector.needs:
+            hook(layers[self._layer - 1].self_attn.register_forward_hook(self._after_attention))
         hook(layers[self._layer].register_forward_pre_hook(self._before_layer_k, with_kwargs=True))
         for layer in layers[self._layer + 1 :]:
             hook(layer.register_forward_pre_hook(self._before_later_layer, with_kwargs=True))
@@ -294,7 +302,10 @@ class Pruning:
     def _plan_row(self, token_ids: list[int], real: list[bool], cached: int) -> Row:
         """Plan one prompt; `real` also covers the cached columns."""
         columns = [column for column, flag in enumerate(real[cached:]) if flag]
-        row = Row(first=sum(real[:cached]) - (columns[0] if columns else 0))
+        row = Row(
+            first=sum(real[:cached]) - (columns[0] if columns else 0),
+            stop=columns[-1] + 1 if columns else 0,
+        )
         try:
             spans = self._adapter.find_spans(self._config, token_ids)
         except UnsupportedError as error:
@@ -337,6 +348,10 @@ class Pruning:
             batch, columns = current.real.shape
             current.queries = output.view(batch, columns - current.cached, -1, self._shape.head_dim)
 
+    def _after_attention(self, module: nn.Module, args: Any, output: Any) -> None:
+        if (current := self._local.active) is not None:
+            current.attention = output[1][..., current.cached :]
+
     def _before_layer_k(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -350,7 +365,13 @@ class Pruning:
         columns = torch.arange(current.cached, current.real.shape[1], device=hidden.device)
         columns = columns.expand(len(hidden), -1)
         if current.held is not None:
-            choose(self._selector, current.rows, queries=current.queries, hidden=hidden)
+            choose(
+                self._selector,
+                current.rows,
+                queries=current.queries,
+                hidden=hidden,
+                attention=current.attention,
+            )
             held = _held(current)
             # stable: first what goes (the padding of shorter rows), then what stays, in order
             index = torch.argsort(held.byte(), dim=1, stable=True)[:, -current.held :]

@@ -1,0 +1,61 @@
+"""Methods that read attention maps get those of layer K-1; engines without maps refuse them."""
+
+import pytest
+import torch
+
+from ep_adapters.plugin import entropyprune_adapters
+from ep_backends.budgets import Settings
+from ep_backends.transformers import enable
+from ep_core import UnsupportedError
+from ep_core.checkpoint import read_config
+from ep_core.plugins import registry
+from ep_core.policy import PruningPolicy
+from ep_core.selectors import Selector
+
+POLICY = "layer=2,keep=3,method=spy"
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """What a registered method `spy` was given, call by call."""
+    calls = []
+
+    def spy(inputs, k):
+        calls.append(inputs.attention)
+        return torch.arange(k)
+
+    selector = Selector("spy", "keeps the first", frozenset({"attention"}), spy)
+    monkeypatch.setitem(registry().selectors, "spy", selector)
+    return calls
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_method_gets_the_attention_of_what_stands_behind_each_picture(lab, given, side):
+    qwen = lab("qwen-gqa")
+    model = qwen.model(attn_implementation="eager")
+    one, two = qwen.picture(0), qwen.picture(1)
+    inputs = qwen.encode([one, "what is it?"], [one, "and then", two, "?"], side=side)
+    with torch.inference_mode():
+        maps = model(**inputs, output_attentions=True).attentions[1]  # [B, H, N, N] of layer K-1
+        with enable(model, POLICY):
+            model(**inputs)
+    token = model.config.image_token_id
+    expected = []
+    for ids, real, own in zip(inputs["input_ids"], inputs["attention_mask"], maps, strict=True):
+        end = int(real.nonzero().max()) + 1
+        columns = (ids == token).nonzero().flatten()
+        runs = torch.tensor_split(columns, (columns.diff() > 1).nonzero().flatten() + 1)
+        expected += [own[:, run[-1] + 1 : end, run] for run in runs]
+    assert len(given) == len(expected) == 3
+    for picture, (got, wanted) in enumerate(zip(given, expected, strict=True)):
+        torch.testing.assert_close(got, wanted, msg=lambda m, i=picture: f"picture {i}: {m}")
+
+
+def test_an_engine_without_maps_refuses_such_a_method(lab, given):
+    qwen = lab("qwen-gqa")
+    with pytest.raises(UnsupportedError, match="'spy' reads attention maps, which 'sdpa' does"):
+        enable(qwen.model(), POLICY)
+    (adapter,) = (a for a in entropyprune_adapters() if a.model_type == "qwen2_5_vl")
+    with pytest.raises(UnsupportedError, match="'spy' reads attention maps, which a server's"):
+        Settings.of(PruningPolicy.parse(POLICY), adapter, read_config(qwen.path))
+    assert given == []
