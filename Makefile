@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint conformance third-party setup-sglang test-sglang setup-lmdeploy test-lmdeploy clean
+.PHONY: demo test lint conformance third-party setup-sglang test-sglang setup-lmdeploy test-lmdeploy test-eval clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard ep_core/kernels/csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli,plot,transformers,conformance,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli,plot,transformers,conformance,dev]' \
+	  --editable benchmarks/peers
 	touch $@
 
 demo: $(VENV)/.installed
@@ -21,6 +22,7 @@ test: lint
 	$(BIN)/pytest
 	$(MAKE) test-sglang
 	$(MAKE) test-lmdeploy
+	$(MAKE) test-eval
 	$(MAKE) third-party
 	$(MAKE) conformance
 
@@ -75,5 +77,14 @@ test-lmdeploy: setup-lmdeploy
 	.venv-lmdeploy/bin/pytest tests/lmdeploy
 	.venv-lmdeploy/bin/pytest tests/triton # ours, for which this environment has Triton
 
+# an evaluation harness, with the bundled model and pictures
+test-eval: .venv-eval/.installed
+	.venv-eval/bin/pytest tests/lmms_eval
+
+.venv-eval/.installed: pyproject.toml constraints.txt $(wildcard tests/lmms_eval/*.txt tests/lmms_eval/*.sh)
+	rm -rf .venv-eval
+	PYTHON=$(PYTHON) tests/lmms_eval/environment.sh .venv-eval
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-third-party .venv-sglang .venv-lmdeploy .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-third-party .venv-sglang .venv-lmdeploy .venv-eval .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
