@@ -1,4 +1,4 @@
-"""The command line: `entropyprune run | calibrate | show | serve | doctor | list`."""
+"""The command line: `entropyprune run | calibrate | show | serve | eval | doctor | list`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,8 @@ import torch
 
 import ep_core
 from ep_core import demo, kernels
-from ep_core.adapter import ModelAdapter
-from ep_core.backend import DTYPES, Answer, Backend, Request
-from ep_core.budget import DecoderShape, layer_average
-from ep_core.checkpoint import read_config
+from ep_core.backend import Answer, Backend, Request
+from ep_core.budget import layer_average
 from ep_core.ecl import EntropyProfile, find_collapse_layer, plot_profile
 from ep_core.errors import EntropyPruneError
 from ep_core.plugins import ENV_BLOCK, registry
@@ -31,8 +28,18 @@ try:
     from rich.progress import track
     from rich.table import Table
 
-    from ep_core.overlay import draw_overlay
-    from ep_core.pictures import read_picture
+    from ep_core.cli_common import (
+        ModelFacts,
+        OutputType,
+        PictureType,
+        PolicyType,
+        backend_option,
+        device_option,
+        dtype_option,
+        load_backend,
+        model_option,
+    )
+    from ep_core.cli_eval import evaluate
 except ImportError as error:  # one line instead of a traceback for a bare installation
     sys.exit(
         f"entropyprune: error: the command line needs {error.name}; "
@@ -47,6 +54,9 @@ def cli(context: click.Context) -> None:
     """Prune redundant visual tokens inside vision-language models."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+
+
+cli.add_command(evaluate)
 
 
 def main() -> None:
@@ -75,82 +85,30 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
-class _Policy(click.ParamType[PruningPolicy]):
-    name = "policy"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> PruningPolicy:
-        return value if isinstance(value, PruningPolicy) else PruningPolicy.parse(value)
-
-
-class _Picture(click.Path):
-    """An existing file that Pillow can read."""
-
-    def __init__(self) -> None:
-        super().__init__(exists=True, dir_okay=False, path_type=Path)
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
-        path = Path(str(super().convert(value, param, ctx)))
-        read_picture(path)
-        return path
-
-
-class _Output(click.Path):
-    """A file to write; its folder and ending are checked before any work is done."""
-
-    def __init__(self, ending: str) -> None:
-        super().__init__(dir_okay=False, path_type=Path)
-        self._ending = ending
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
-        path = Path(str(super().convert(value, param, ctx)))
-        if path.suffix.lower() != self._ending:
-            raise EntropyPruneError(f"{path}: the file must end in {self._ending}")
-        if not path.absolute().parent.is_dir():
-            raise EntropyPruneError(f"{path}: there is no such folder")
-        return path
-
-
-_model = click.option(
-    "--model",
-    required=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of a checkpoint in Hugging Face layout.",
-)
-_backend = click.option(
-    "--backend", default="transformers", show_default=True, help="Engine; see `entropyprune list`."
-)
-_device = click.option(
-    "--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"])
-)
-_dtype = click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    help="Default: the checkpoint's.",
-)
-
-
 @cli.command()
-@_backend
-@_model
+@backend_option
+@model_option
 @click.option(
     "--image",
     "images",
     multiple=True,
-    type=_Picture(),
+    type=PictureType(),
     help="Picture file; repeat for several. They come before the text.",
 )
 @click.option("--prompt", required=True, help="The text of the message.")
-@click.option("--policy", type=_Policy(), help=f'Such as "{EXAMPLE}"; default: the variable {ENV}.')
+@click.option(
+    "--policy", type=PolicyType(), help=f'Such as "{EXAMPLE}"; default: the variable {ENV}.'
+)
 @click.option(
     "--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), metavar="N"
 )
-@_device
-@_dtype
+@device_option
+@dtype_option
 @click.option("--compare", is_flag=True, help="Run unpruned too and show both side by side.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, alone on stdout.")
 @click.option(
     "--overlay",
-    type=_Output(".png"),
+    type=OutputType(".png"),
     help="Write the pictures with dropped patches dimmed to this PNG.",
 )
 def run(
@@ -172,8 +130,8 @@ def run(
         raise EntropyPruneError("--overlay needs at least one --image")
     if compare and policy is None:
         raise EntropyPruneError(f'--compare needs a policy, such as --policy "{EXAMPLE}"')
-    facts = _ModelFacts.of(model, policy)
-    engine = _load_backend(backend)
+    facts = ModelFacts.of(model, policy)
+    engine = load_backend(backend)
     request = Request((*images, prompt), max_new_tokens)
     timed = {"pruned": _ask(engine, model, facts.policy, request, device, dtype, warm=compare)}
     if compare:
@@ -202,59 +160,6 @@ def run(
         console.print(f"nothing was pruned: {answer.reason}", highlight=False, markup=False)
     if overlay is not None:
         console.print(f"overlay written to {overlay}", highlight=False)
-
-
-@dataclass(frozen=True)
-class _ModelFacts:
-    """What the command line reads of a checkpoint before an engine loads it."""
-
-    config: dict[str, Any]
-    adapter: ModelAdapter
-    shape: DecoderShape
-    policy: PruningPolicy | None
-
-    @classmethod
-    def of(cls, model: Path, policy: PruningPolicy | None) -> _ModelFacts:
-        """Read config.json and settle the policy's layer."""
-        config = read_config(model)
-        adapter = registry().adapter(config["model_type"])
-        shape = adapter.decoder_shape(config)
-        if policy is not None:
-            policy = policy.at_layer(adapter.default_layer, shape.layers)
-            registry().selector(policy.method)
-        return cls(config, adapter, shape, policy)
-
-    @property
-    def layer(self) -> int:
-        """The pruning layer, or the number of layers where nothing is pruned."""
-        return self.shape.layers if self.policy is None else int(self.policy.layer)
-
-    def flops(self, answer: Answer) -> int:
-        """Prefill FLOPs of the language model for an answered prompt."""
-        dropped = sum(span.stop - span.start - len(span.kept) for span in answer.spans)
-        tokens = answer.prompt_tokens
-        return self.shape.prefill_flops(tokens, tokens - dropped, self.layer)
-
-    def draw(self, images: tuple[Path, ...], answer: Answer, out: Path) -> None:
-        """Draw the pictures with what was kept of each."""
-        if len(answer.spans) != len(images):
-            raise EntropyPruneError(f"no overlay: {answer.reason or 'the engine names no spans'}")
-        grids = [
-            self.adapter.patch_grid(self.config, span.stop - span.start, read_picture(path).size)
-            for path, span in zip(images, answer.spans, strict=True)
-        ]
-        draw_overlay(images, answer.spans, grids, out)
-
-
-def _load_backend(name: str) -> Backend:
-    try:
-        return registry().backend(name).load()
-    except EntropyPruneError:
-        raise
-    except Exception as error:  # an engine that does not import can raise anything
-        raise EntropyPruneError(
-            f"backend {name!r} cannot be loaded ({error}); run pip install 'entropyprune[{name}]'"
-        ) from None
 
 
 def _ask(
@@ -288,7 +193,7 @@ def _answer_json(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _comparison(timed: dict[str, tuple[Answer, float]], facts: _ModelFacts) -> Table:
+def _comparison(timed: dict[str, tuple[Answer, float]], facts: ModelFacts) -> Table:
     full, full_seconds = timed["unpruned"]
     pruned, pruned_seconds = timed["pruned"]
     layers, layer = facts.shape.layers, facts.layer
@@ -323,10 +228,15 @@ def _comparison(timed: dict[str, tuple[Answer, float]], facts: _ModelFacts) -> T
 
 
 @cli.command()
-@_backend
-@_model
+@backend_option
+@model_option
 @click.option(
-    "--image", "images", multiple=True, required=True, type=_Picture(), help="Calibration picture."
+    "--image",
+    "images",
+    multiple=True,
+    required=True,
+    type=PictureType(),
+    help="Calibration picture.",
 )
 @click.option("--prompt", default="Describe the image.", show_default=True)
 @click.option(
@@ -336,16 +246,16 @@ def _comparison(timed: dict[str, tuple[Answer, float]], facts: _ModelFacts) -> T
 )
 @click.option(
     "--out",
-    type=_Output(".json"),
+    type=OutputType(".json"),
     help="Write the entropy profile to this JSON file.",
 )
 @click.option(
     "--plot",
-    type=_Output(".png"),
+    type=OutputType(".png"),
     help="Draw the profile to this PNG file.",
 )
-@_device
-@_dtype
+@device_option
+@dtype_option
 def calibrate(
     backend: str,
     model: Path,
@@ -358,13 +268,13 @@ def calibrate(
     dtype: str | None,
 ) -> None:
     """Look for the collapse layer over your pictures."""
-    facts = _ModelFacts.of(model, None)
+    facts = ModelFacts.of(model, None)
     configured = facts.adapter.default_layer if layer is None else layer
     if configured >= facts.shape.layers:
         raise EntropyPruneError(
             f"--layer {configured} is out of range; allowed are 1 to {facts.shape.layers - 1}"
         )
-    engine = _load_backend(backend)
+    engine = load_backend(backend)
     if not engine.capabilities.layer_entropies:
         raise EntropyPruneError(f"backend {backend!r} cannot measure layers; use transformers")
     samples: list[list[float]] = []
@@ -399,8 +309,8 @@ def calibrate(
 
 
 @cli.command()
-@_model
-@click.option("--policy", type=_Policy(), help=f"Default: the variable {ENV}.")
+@model_option
+@click.option("--policy", type=PolicyType(), help=f"Default: the variable {ENV}.")
 @click.option("--image-tokens", type=click.IntRange(min=1), default=576, show_default=True)
 @click.option("--text-tokens", type=click.IntRange(min=0), default=64, show_default=True)
 def show(model: Path, policy: PruningPolicy | None, image_tokens: int, text_tokens: int) -> None:
@@ -408,7 +318,7 @@ def show(model: Path, policy: PruningPolicy | None, image_tokens: int, text_toke
     policy = policy or PruningPolicy.from_environment()
     if policy is None:
         raise EntropyPruneError(f'no policy: give --policy "{EXAMPLE}" or set {ENV}')
-    facts = _ModelFacts.of(model, policy)
+    facts = ModelFacts.of(model, policy)
     assert facts.policy is not None
     shape, layer = facts.shape, facts.layer
     prompt = image_tokens + text_tokens
@@ -447,14 +357,16 @@ def show(model: Path, policy: PruningPolicy | None, image_tokens: int, text_toke
 
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("engine")
-@click.option("--policy", type=_Policy(), help=f'Such as "{EXAMPLE}"; default: the variable {ENV}.')
+@click.option(
+    "--policy", type=PolicyType(), help=f'Such as "{EXAMPLE}"; default: the variable {ENV}.'
+)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def serve(engine: str, policy: PruningPolicy | None, arguments: tuple[str, ...]) -> None:
     """Start an engine's own server with pruning: `serve sglang --policy ... -- ARGUMENTS`."""
     policy = policy or PruningPolicy.from_environment()
     if policy is None:
         raise EntropyPruneError(f'no policy: give --policy "{EXAMPLE}" or set {ENV}')
-    backend = _load_backend(engine)
+    backend = load_backend(engine)
     failed = [status for status in backend.probe() if status.state == "FAILED"]
     if failed:
         raise EntropyPruneError(
