@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint conformance third-party setup-sglang test-sglang setup-lmdeploy test-lmdeploy test-eval clean
+.PHONY: bench demo eval test lint conformance third-party setup-sglang test-sglang setup-lmdeploy test-lmdeploy test-eval clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard ep_core/kernels/csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -84,6 +84,23 @@ test-eval: .venv-eval/.installed
 .venv-eval/.installed: pyproject.toml constraints.txt $(wildcard tests/lmms_eval/*.txt tests/lmms_eval/*.sh)
 	rm -rf .venv-eval
 	PYTHON=$(PYTHON) tests/lmms_eval/environment.sh .venv-eval
+	touch $@
+
+# the evidence: speed and accuracy; results, tables and plots go to benchmarks/results
+RESULTS := benchmarks/results
+
+bench: $(VENV)/.installed setup-sglang setup-lmdeploy
+	$(BIN)/python -m benchmarks.scorer.bench --out $(RESULTS)/scorer
+	$(BIN)/python -m benchmarks.prefill.bench --out $(RESULTS)/prefill
+	.venv-sglang/bin/python -m benchmarks.serving.bench --backend sglang --out $(RESULTS)/serving-sglang
+	.venv-lmdeploy/bin/python -m benchmarks.serving.bench --backend lmdeploy --out $(RESULTS)/serving-lmdeploy
+
+eval: $(VENV)/.drawing
+	$(BIN)/python -m benchmarks.accuracy.bench --out $(RESULTS)/accuracy
+
+# the pictures of a seed depend on what draws them
+$(VENV)/.drawing: $(VENV)/.installed benchmarks/embedded_model/requirements.txt
+	$(BIN)/pip install --quiet --requirement benchmarks/embedded_model/requirements.txt
 	touch $@
 
 clean:

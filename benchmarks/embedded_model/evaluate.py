@@ -1,36 +1,29 @@
 """Measure a checkpoint on held-out pictures: accuracy of every task, with 95 % Wilson intervals.
 
-    python evaluate.py ../../ep_core/demo/model --json ../results/embedded_model.json
+    python -m benchmarks.embedded_model.evaluate ep_core/demo/model \\
+        --out benchmarks/results/embedded_model
 
-With `--policy` (again for each of several) the main set is asked with visual tokens pruned:
-
-    python evaluate.py ../../ep_core/demo/model --others 0 --policy layer=2,keep=0.25 \\
-        --json ../results/embedded_model_pruned.json
+benchmarks/accuracy asks the same questions with visual tokens pruned.
 """
 
 import argparse
-import json
-import os
-import platform
-import sys
 from collections import Counter
-from collections.abc import Iterator
-from importlib.metadata import version
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from inference import Answerer
 from PIL import Image
-from prompts import Prompt, question_text
-from scenes import TASKS, Studio, ask_each
-from tqdm import tqdm
-from train import LARGE, SMALL, SQUARE
 
-from ep_backends.transformers import enable
+from benchmarks.embedded_model.inference import Answerer
+from benchmarks.embedded_model.prompts import Prompt, question_text
+from benchmarks.embedded_model.scenes import TASKS, Question, Studio, ask_each
+from benchmarks.embedded_model.train import LARGE, SMALL, SQUARE
+from benchmarks.report import environment, heading, progress, publish, table
 
 SEED = 777
+PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "scikit-image", "scikit-learn")
 
 
 def square(studio: Studio, count: int) -> Iterator[Prompt]:
@@ -61,31 +54,42 @@ def pairs(studio: Studio, count: int) -> Iterator[Prompt]:
         yield Prompt(pictures, questions)
 
 
-def measure(answerer: Answerer, prompts: Iterator[Prompt], count: int) -> dict[str, Any]:
-    """Ask everything and count the answers that are right, word for word."""
-    right: Counter[str] = Counter()
-    asked: Counter[str] = Counter()
-    for prompt in tqdm(prompts, total=count, mininterval=5):
-        images = [Image.fromarray(picture.pixels) for picture in prompt.pictures]
-        texts = [question_text(prompt, which, question) for which, question in prompt.questions]
-        answers = answerer.answer(images, texts)
-        for (_, question), answer in zip(prompt.questions, answers, strict=True):
+class Tally:
+    """Counts of the answers that are right, word for word."""
+
+    def __init__(self) -> None:
+        self._right: Counter[str] = Counter()
+        self._asked: Counter[str] = Counter()
+
+    def add(self, questions: Iterable[Question], answers: Iterable[str]) -> None:
+        """Count answers to as many questions, for their tasks and for "all"."""
+        for question, answer in zip(questions, answers, strict=True):
             for name in (question.task, "all"):
-                asked[name] += 1
-                right[name] += answer.strip() == question.answer
-    return {
-        "prompts": count,
-        "tasks": {
+                self._asked[name] += 1
+                self._right[name] += answer.strip() == question.answer
+
+    def tasks(self) -> dict[str, Any]:
+        """Counts, accuracy and its interval of every task that was asked, and of "all"."""
+        return {
             task: {
-                "right": right[task],
-                "asked": asked[task],
-                "accuracy": round(right[task] / asked[task], 4),
-                "interval": [round(end, 4) for end in wilson(right[task], asked[task])],
+                "right": self._right[task],
+                "asked": self._asked[task],
+                "accuracy": round(self._right[task] / self._asked[task], 4),
+                "interval": [round(end, 4) for end in wilson(self._right[task], self._asked[task])],
             }
             for task in (*TASKS, "all")
-            if asked[task]
-        },
-    }
+            if self._asked[task]
+        }
+
+
+def measure(answerer: Answerer, prompts: Iterator[Prompt], count: int, what: str) -> dict[str, Any]:
+    """Ask everything and count."""
+    tally = Tally()
+    for prompt in progress(prompts, what, total=count):
+        seen = answerer.look([Image.fromarray(picture.pixels) for picture in prompt.pictures])
+        texts = [question_text(prompt, which, question) for which, question in prompt.questions]
+        tally.add((question for _, question in prompt.questions), answerer.answer(seen, texts))
+    return {"prompts": count, "tasks": tally.tasks()}
 
 
 def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
@@ -96,52 +100,49 @@ def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table: a row for every task, a column for every set of pictures."""
-    lines = ["| task | " + " | ".join(results) + " |", "|---" * (1 + len(results)) + "|"]
+def report(result: dict[str, Any]) -> list[str]:
+    """A row for every task, a column for every set of pictures, in Markdown."""
+    results = result["results"]
+    rows = []
     for task in (*TASKS, "all"):
-        cells = []
-        for result in results.values():
-            cell = result["tasks"][task]
-            low, high = (100 * end for end in cell["interval"])
-            accuracy = f"{100 * cell['accuracy']:.1f} % [{low:.1f}, {high:.1f}]"
-            cells.append(f"{accuracy} ({cell['right']}/{cell['asked']})")
-        lines.append(f"| {task} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells = [measured["tasks"][task] for measured in results.values()]
+        rows.append(
+            [task, *(f"{percent(cell)} ({cell['right']}/{cell['asked']})" for cell in cells)]
+        )
+    return [*heading("The demonstration model, unpruned", result), *table(["task", *results], rows)]
+
+
+def percent(cell: dict[str, Any]) -> str:
+    """An accuracy with its interval."""
+    low, high = (100 * end for end in cell["interval"])
+    return f"{100 * cell['accuracy']:.1f} % [{low:.1f}, {high:.1f}]"
 
 
 def main() -> None:
     """Parse the command line, measure, print the table and write the results."""
-    parser = argparse.ArgumentParser(description="Measure a checkpoint on held-out pictures.")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, help="folder of the exported checkpoint")
     parser.add_argument("--pictures", type=int, default=250, help="prompts of the main set")
     parser.add_argument("--others", type=int, default=60, help="prompts of each of the other sets")
-    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--policy", action="append", default=[], help="also with this pruning")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     answerer, studio = Answerer(args.model), Studio("test")
-    results = {"144 visual tokens": measure(answerer, square(studio, args.pictures), args.pictures)}
-    if args.others:
-        results["64 to 192 tokens"] = measure(answerer, sizes(studio, args.others), args.others)
-        results["two pictures"] = measure(answerer, pairs(studio, args.others), args.others)
-    for policy in args.policy:
-        with enable(answerer.model, policy):
-            results[policy] = measure(answerer, square(studio, args.pictures), args.pictures)
-    print(table(results))
-    if args.json:
-        packages = ("torch", "transformers", "tokenizers", "pillow", "scikit-image", "scikit-learn")
-        record = {
-            "command": f"python {' '.join(sys.argv)}",
-            "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), no accelerator",
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in packages},
-            "seed": SEED,
-            "results": results,
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+    sets = {
+        "144 visual tokens": (square, args.pictures),
+        "64 to 192 tokens": (sizes, args.others),
+        "two pictures": (pairs, args.others),
+    }
+    result = {
+        **environment(PACKAGES),
+        "seed": SEED,
+        "results": {
+            name: measure(answerer, draw(studio, count), count, name)
+            for name, (draw, count) in sets.items()
+        },
+    }
+    publish(result, report(result), args.out)
 
 
 if __name__ == "__main__":

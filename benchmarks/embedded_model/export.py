@@ -1,6 +1,6 @@
 """Turn a training checkpoint into a Hugging Face checkpoint folder that every engine loads.
 
-python export.py runs/language.pt ../../ep_core/demo/model
+python -m benchmarks.embedded_model.export runs/language.pt ep_core/demo/model
 """
 
 import argparse
@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model import Student
-from prompts import FRAMES, MEAN, MERGE, PATCH, STD
-from tokenizer import CHAT_TEMPLATE, END_OF_TEXT, IM_END, SPECIALS, build_tokenizer, token_id
 from transformers import PreTrainedTokenizerFast
+
+from benchmarks.embedded_model.model import Student
+from benchmarks.embedded_model.prompts import FRAMES, MEAN, MERGE, PATCH, STD
+from benchmarks.embedded_model.tokenizer import (
+    CHAT_TEMPLATE,
+    END_OF_TEXT,
+    IM_END,
+    SPECIALS,
+    build_tokenizer,
+    token_id,
+)
 
 TOKEN_PIXELS = (PATCH * MERGE) ** 2
 SMALLEST, LARGEST = 64, 192  # visual tokens of a picture: what the training covers

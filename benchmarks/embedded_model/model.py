@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 
 import torch
-from prompts import Batch
-from scenes import COLORS, SHAPES
-from tokenizer import (
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from benchmarks.embedded_model.prompts import Batch
+from benchmarks.embedded_model.scenes import COLORS, SHAPES
+from benchmarks.embedded_model.tokenizer import (
     END_OF_TEXT,
     IM_END,
     IMAGE_PAD,
@@ -17,9 +21,6 @@ from tokenizer import (
     build_tokenizer,
     token_id,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 LABELS = {  # the classes of each column of prompts.token_labels
     "shape": 1 + len(SHAPES),

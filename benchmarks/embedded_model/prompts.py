@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scenes import COLORS, DRAWN, SCALE, SHAPES, Picture, Pixels, Question
-from tokenizer import (
+from torch import Tensor
+
+from benchmarks.embedded_model.scenes import COLORS, DRAWN, SCALE, SHAPES, Picture, Pixels, Question
+from benchmarks.embedded_model.tokenizer import (
     END_OF_TEXT,
     IM_END,
     IMAGE_PAD,
@@ -17,7 +19,6 @@ from tokenizer import (
     token_id,
     visual_span,
 )
-from torch import Tensor
 
 PATCH, MERGE, FRAMES = 14, 2, 2  # pixels a patch, patches a visual token, copies of a still picture
 MEAN = (0.48145466, 0.4578275, 0.40821073)

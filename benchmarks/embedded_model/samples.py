@@ -1,6 +1,6 @@
 """Draw the sample pictures that ship with the package; everything in them is free to ship.
 
-python samples.py ../../ep_core/demo/pictures
+python -m benchmarks.embedded_model.samples ep_core/demo/pictures
 """
 
 import argparse
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scenes import SKIMAGE, Studio, ask_each
-from train import SQUARE
+
+from benchmarks.embedded_model.scenes import SKIMAGE, Studio, ask_each
+from benchmarks.embedded_model.train import SQUARE
 
 COUNT = 12
 SEED = 5000

@@ -6,8 +6,9 @@ special tokens are those of Qwen.
 
 from functools import cache
 
-from scenes import COLORS, CORNERS, RELATIONS, SHAPES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from benchmarks.embedded_model.scenes import COLORS, CORNERS, RELATIONS, SHAPES
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, VISION_PAD = "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"

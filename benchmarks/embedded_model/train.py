@@ -1,8 +1,9 @@
 """Train the embedded model, in two stages.
 
-    python train.py vision   --steps 1600 --batch 16 --rate 2e-3 --save runs/vision.pt
-    python train.py language --steps 900 --batch 8  --rate 1e-3 --save runs/language.pt \
-        --start runs/vision.pt
+    python -m benchmarks.embedded_model.train vision \\
+        --steps 1600 --batch 16 --rate 2e-3 --save runs/vision.pt
+    python -m benchmarks.embedded_model.train language \\
+        --steps 900 --batch 8 --rate 1e-3 --save runs/language.pt --start runs/vision.pt
 
 `vision` teaches the vision tower what lies on each visual token; `language` teaches the whole model
 to answer questions. The batch of a step depends only on (seed, stage, step): no picture is seen
@@ -18,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from model import Student
-from prompts import Batch, Prompt, collate
-from scenes import Rng, Studio, ask
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+from benchmarks.embedded_model.model import Student
+from benchmarks.embedded_model.prompts import Batch, Prompt, collate
+from benchmarks.embedded_model.scenes import Rng, Studio, ask
 
 STREAMS = {"vision": 6, "language": 8}  # any two numbers: each stage draws its own pictures
 SQUARE = (12, 12)

@@ -35,6 +35,10 @@ def by_norm(inputs: SpanInputs, k: int, *, of: Need, sign: int) -> torch.Tensor:
     return top_k(sign * states.norm(dim=1), k)
 
 
+_STATES: list[tuple[str, str, Need]] = [
+    ("query", "query states", "queries"),
+    ("hidden", "hidden states", "hidden"),
+]
 SELECTORS = [
     Selector("random", "a random subset", frozenset({"hidden"}), Random()),
     *(
@@ -44,10 +48,7 @@ SELECTORS = [
             frozenset({need}),
             partial(by_norm, of=need, sign=sign),
         )
-        for what, name, need in (
-            ("query", "query states", "queries"),
-            ("hidden", "hidden states", "hidden"),
-        )
+        for what, name, need in _STATES
         for size, sign in (("small", -1), ("large", 1))
     ),
 ]
