@@ -378,7 +378,7 @@ class Pruning:
             current.index = index
             padding = ~held.take_along_dim(index, dim=1)
             columns = columns.take_along_dim(index, dim=1).masked_fill(padding, -1)
-            hidden = hidden.take_along_dim(index[..., None], dim=1)
+            hidden = hidden[_batch(index), index]  # whole rows: a gather goes by element
             for name in self._adapter.cut_along:
                 current.later_inputs[name] = _take(kwargs.get(name), index)
         columns = HeldColumns.join(cache, self.policy, current.real.shape[1], columns)
@@ -410,8 +410,8 @@ class Pruning:
             return None
         batch, columns = current.real.shape
         spread = output.new_full((batch, columns - current.cached, output.shape[2]), math.nan)
-        index = current.index[..., None].expand(-1, -1, output.shape[2])
-        return spread.scatter(1, index, output)
+        spread[_batch(current.index), current.index] = output
+        return spread
 
 
 def _held(current: _Pass) -> torch.Tensor:
@@ -421,6 +421,11 @@ def _held(current: _Pass) -> torch.Tensor:
         if row.dropped:
             own &= staying(len(own), row.spans, row.kept)
     return held
+
+
+def _batch(index: torch.Tensor) -> torch.Tensor:
+    """`[B, 1]`: beside columns `[B, M]` the first index of a `[B, N, d]` tensor."""
+    return torch.arange(len(index), device=index.device)[:, None]
 
 
 def _take(value: Any, index: torch.Tensor) -> Any:
