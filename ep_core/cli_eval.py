@@ -132,7 +132,8 @@ def evaluate(
     for i, run in enumerate(results[1:], 1):
         console.print(f"policy {i}: {run.name}", markup=False)
     table = _table(rows, next(iter(runs)), len(runs) - 1, limit)
-    console.width = max(console.width, console.measure(table).maximum)
+    # a table that a log cuts off is worth little
+    console.width = max(console.width, Console(width=1000).measure(table).maximum)
     console.print(table)
     for run in results:
         for line in run.remarks():

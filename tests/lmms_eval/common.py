@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from ep_core import demo
 from ep_core.backend import Request
@@ -32,6 +33,25 @@ def entropyprune(*arguments: object, **environment: str) -> subprocess.Completed
     )
 
 
+def evaluate_here(
+    folder: Path, task: str, tasks: Path = EXAMPLE, **settings: object
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the command's own process does, in this one: what it measured, and what it counted."""
+    from ep_backends.lmms_eval.__main__ import run
+
+    model = {"model": str(demo.MODEL), "backend": "transformers", "policy": None, "dtype": None}
+    common = {"tasks": [task], "batch_size": 1, "limit": None, "log_samples": True}
+    common |= {"out": str(folder), "arguments": ["--include_path", str(tasks)]}
+    read, write = os.pipe()
+    try:
+        measured = run(common | ({} if "endpoint" in settings else model) | settings, write)
+    finally:
+        os.close(write)
+        with os.fdopen(read) as channel:
+            messages = [json.loads(line) for line in channel]
+    return measured, messages[-1]["counts"]
+
+
 def answers_without_harness(policy: str | None, questions=QUESTIONS) -> list[str]:
     """The engine asked directly, one question at a time."""
     pruning = None if policy is None else PruningPolicy.parse(policy)
@@ -53,4 +73,4 @@ def logged_answers(folder: Path) -> list[str]:
     (log,) = folder.rglob("*samples_demo_pictures.jsonl")
     samples = map(json.loads, log.read_text().splitlines())
     ordered = sorted(samples, key=lambda sample: sample["doc_id"])
-    return [answer for sample in ordered for answer in sample["filtered_resps"]]
+    return [sample["filtered_resps"] for sample in ordered]

@@ -8,8 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from ep_backends.lmms_eval.__main__ import served_model
 from ep_core import demo
 from ep_core.backend import Request
+from ep_core.errors import EntropyPruneError
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
 
@@ -19,6 +21,7 @@ from .common import (
     QUESTIONS,
     answers_without_harness,
     entropyprune,
+    evaluate_here,
     logged_answers,
     share_correct,
 )
@@ -101,23 +104,20 @@ def test_a_pruning_server_is_measured_as_it_is(tmp_path):
     assert logged_answers(tmp_path / "out/1") == expected
 
 
-def test_a_server_that_fails_is_one_line_and_no_wrong_answers(tmp_path):
+@pytest.mark.filterwarnings("ignore")  # lmms-eval's own
+def test_a_server_that_fails_is_an_error_and_no_wrong_answer(tmp_path, monkeypatch):
     """lmms-eval's client alone would score what failed as a wrong answer."""
-    with server(tmp_path, status=400) as (address, _):
-        done = entropyprune(
-            *("eval", "--endpoint", address, "--tasks", "demo_pictures", "--limit", 2),
-            *("--", "--include_path", EXAMPLE),
-            HF_HOME=str(tmp_path / "hf"),
-        )
-    (line,) = done.stderr.splitlines()
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "the server gave no answer" in line
-    assert "400" in line
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with (
+        server(tmp_path, status=400) as (address, _),
+        pytest.raises(EntropyPruneError, match=r"the server gave no answer: .* 400"),
+    ):
+        evaluate_here(tmp_path, "demo_pictures", endpoint=address, limit=2)
 
 
-def test_no_server_is_one_line():
-    done = entropyprune("eval", "--endpoint", "http://127.0.0.1:9/v1", "--tasks", "demo_pictures")
-    (line,) = done.stderr.splitlines()
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "http://127.0.0.1:9/v1/models names no model" in line
-    assert "as in http://127.0.0.1:30000/v1" in line
+def test_no_server_is_one_line(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with pytest.raises(EntropyPruneError) as refused:
+        served_model("http://127.0.0.1:9/v1")
+    assert "http://127.0.0.1:9/v1/models names no model" in str(refused.value)
+    assert "as in http://127.0.0.1:30000/v1" in str(refused.value)

@@ -17,6 +17,8 @@ from .common import (
 )
 
 POOR = "layer=2,keep=0.25,method=released"  # loses most of this model's answers
+WHOLE = "layer=2,keep=9,min_tokens=144"  # leaves every bundled picture as it is
+REASON = "the budget keeps every token"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,8 @@ def evaluated(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     done = entropyprune(
         *("eval", "--harness", "lmms-eval", "--model", demo.MODEL, "--tasks", "demo_pictures"),
-        *("--policy", POLICY, "--policy", POOR, "--out", out, "--", "--include_path", EXAMPLE),
+        *("--policy", POLICY, "--policy", POOR, "--policy", WHOLE, "--out", out),
+        *("--", "--include_path", EXAMPLE),
         HF_HOME=str(tmp_path_factory.mktemp("hf")),
     )
     assert done.returncode == 0, done.stderr
@@ -35,7 +38,7 @@ def evaluated(tmp_path_factory):
 @pytest.fixture(scope="module")
 def counted():
     """Share of correct answers by policy, the engine asked directly."""
-    return {policy: answers_without_harness(policy) for policy in (None, POLICY, POOR)}
+    return {policy: answers_without_harness(policy) for policy in (None, POLICY, POOR, WHOLE)}
 
 
 def test_the_examples_questions_are_the_bundled_ones():
@@ -64,59 +67,51 @@ def test_every_single_answer_is_that_of_the_engine_asked_directly(evaluated, cou
 
 def test_the_printed_table_has_each_run_and_what_it_keeps(evaluated, counted):
     out = evaluated[0].stdout
-    full, good, poor = (share_correct(answers) for answers in counted.values())
-    assert f"policy 1: {POLICY}\npolicy 2: {POOR}\n" in out
+    full, *pruned = (share_correct(answers) for answers in counted.values())
+    assert f"policy 1: {POLICY}\npolicy 2: {POOR}\npolicy 3: " in out
     (line,) = [line for line in out.splitlines() if "demo_pictures" in line]
     expected = ["94", f"{full:.4f}"]
-    for share in (good, poor):
+    for share in pruned:
         expected += [f"{share:.4f}", f"{share / full:.1%}"]
     assert [cell.strip() for cell in line.split("│")[3:-1]] == expected, line
-    assert "ran unpruned" not in out, "each request was pruned"
 
 
 def test_progress_is_one_line_a_run_on_stderr(evaluated):
     lines = evaluated[0].stderr.splitlines()
-    assert [line.rpartition(": 94 requests, ")[0] for line in lines] == [
-        "1 of 3: unpruned",
-        f"2 of 3: {POLICY}",
-        f"3 of 3: {POOR}",
+    assert [line.rpartition(": 94 requests, ")[0] for line in lines[:3]] == [
+        "1 of 4: unpruned",
+        f"2 of 4: {POLICY}",
+        f"3 of 4: {POOR}",
     ]
+    assert len(lines) == 4
 
 
 def test_results_say_what_was_run(evaluated):
     results = json.loads((evaluated[1] / "results.json").read_text())
     assert results["harness"] == "lmms-eval 0.7.3"
     assert set(results["versions"]) == {"transformers", "torch"}
-    assert [run["requests"] for run in results["runs"]] == [94] * 3
-    assert [run["unpruned"] for run in results["runs"]] == [{"no policy is set": 94}, {}, {}]
+    assert [run["requests"] for run in results["runs"]] == [94] * 4
+    assert [run["unpruned"] for run in results["runs"]] == [
+        {"no policy is set": 94},
+        {},
+        {},
+        {REASON: 94},
+    ]
 
 
-def test_requests_that_ran_unpruned_are_counted_with_their_reason(tmp_path):
-    """Of the first 40 questions in batches of 8 every picture is too small for the policy."""
+def test_what_ran_unpruned_is_counted_with_its_reason_below_the_table(evaluated):
+    out = evaluated[0].stdout
+    name = f"{WHOLE.replace(',min', ',method=released,min')}"
+    assert f"\n{name}: 94 of 94 requests ran unpruned: {REASON}\n" in out
+    assert out.count("ran unpruned") == 1, "what was asked for, or pruned, is no news"
+
+
+def test_a_refusal_in_the_harness_is_one_line(tmp_path):
     done = entropyprune(
-        *("eval", "--model", demo.MODEL, "--tasks", "demo_pictures", "--limit", 40),
-        *("--batch-size", 8, "--policy", "layer=2,keep=9,min_tokens=144"),
-        *("--", "--include_path", EXAMPLE),
+        *("eval", "--model", demo.MODEL, "--tasks", "nowhere", "--policy", POLICY),
         HF_HOME=str(tmp_path),
     )
-    assert done.returncode == 0, done.stderr
-    assert "the first 40 questions of each task" in done.stdout
-    assert "layer=2,keep=9,method=released,min_tokens=144: 40 of 40 requests ran unpruned: " in (
-        done.stdout
-    )
-    full = share_correct(answers_without_harness(None, QUESTIONS[:40]), QUESTIONS[:40])
-    assert done.stdout.count(f"{full:.4f}") == 2, done.stdout
-    assert "100.0%" in done.stdout
-
-
-def test_an_error_of_the_engine_is_one_line_that_names_the_question(tmp_path):
-    done = entropyprune(
-        *("eval", "--model", demo.MODEL, "--tasks", "demo_pictures", "--limit", 1),
-        *("--policy", "layer=2,keep=999", "--", "--include_path", EXAMPLE),
-        HF_HOME=str(tmp_path),
-    )
-    first, line = done.stderr.splitlines()
+    (line,) = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, "")
-    assert first.startswith("1 of 2: unpruned: 1 requests")
-    assert line.startswith("entropyprune: error: layer=2,keep=999,method=released: keep=999")
-    assert line.endswith("(question demo_pictures 0)")
+    assert line.startswith("entropyprune: error: unpruned: lmms-eval failed, give --out DIR")
+    assert "Tasks not found: nowhere" in line

@@ -1,7 +1,8 @@
 """One evaluation for `entropyprune eval`, in a process of its own: see `ep_core.cli_eval`.
 
 python -m ep_backends.lmms_eval SETTINGS, a JSON object: `tasks`, `batch_size`, `limit`, `out`,
-`log_samples`, `arguments`, and either `endpoint` or `model`, `backend`, `policy`, `device`, `dtype`.
+`log_samples`, `arguments`, and either `endpoint` or `model`, `backend`, `policy`, `device` and
+`dtype`.
 """
 
 from __future__ import annotations
