@@ -10,4 +10,4 @@ pip=("$venv/bin/pip" install --quiet --disable-pip-version-check
 
 "${PYTHON:-python3}" -m venv "$venv"
 "${pip[@]}" --requirement "$here/requirements.txt" --editable "$here/../..[cli,transformers,conformance]"
-"${pip[@]}" --no-deps pytablewriter lmms-eval # last: pip would complain of what is missing
+"${pip[@]}" --no-deps lmms-eval # last: pip would complain of what is missing

@@ -18,6 +18,7 @@ from .common import (
 
 POOR = "layer=2,keep=0.25,method=released"  # loses most of this model's answers
 WHOLE = "layer=2,keep=9,min_tokens=144"  # leaves every bundled picture as it is
+ASKED = QUESTIONS[:40]
 REASON = "the budget keeps every token"
 
 
@@ -27,7 +28,7 @@ def evaluated(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     done = entropyprune(
         *("eval", "--harness", "lmms-eval", "--model", demo.MODEL, "--tasks", "demo_pictures"),
-        *("--policy", POLICY, "--policy", POOR, "--policy", WHOLE, "--out", out),
+        *("--policy", POLICY, "--policy", POOR, "--policy", WHOLE, "--limit", 40, "--out", out),
         *("--", "--include_path", EXAMPLE),
         HF_HOME=str(tmp_path_factory.mktemp("hf")),
     )
@@ -38,7 +39,9 @@ def evaluated(tmp_path_factory):
 @pytest.fixture(scope="module")
 def counted():
     """Share of correct answers by policy, the engine asked directly."""
-    return {policy: answers_without_harness(policy) for policy in (None, POLICY, POOR, WHOLE)}
+    return {
+        policy: answers_without_harness(policy, ASKED) for policy in (None, POLICY, POOR, WHOLE)
+    }
 
 
 def test_the_examples_questions_are_the_bundled_ones():
@@ -50,10 +53,10 @@ def test_the_examples_questions_are_the_bundled_ones():
 
 def test_every_accuracy_is_that_of_the_engine_asked_directly(evaluated, counted):
     table = json.loads((evaluated[1] / "results.json").read_text())["table"]
-    expected = [share_correct(answers) for answers in counted.values()]
+    expected = [share_correct(answers, ASKED) for answers in counted.values()]
     assert expected[2] < expected[0] / 2, "columns that are all alike would show nothing"
     (row,) = table
-    assert (row["task"], row["metric"], row["questions"]) == ("demo_pictures", "exact_match", 94)
+    assert (row["task"], row["metric"], row["questions"]) == ("demo_pictures", "exact_match", 40)
     assert row["values"] == pytest.approx(expected, abs=1e-12)
     assert row["kept"] == pytest.approx([share / expected[0] for share in expected], abs=1e-12)
 
@@ -67,10 +70,11 @@ def test_every_single_answer_is_that_of_the_engine_asked_directly(evaluated, cou
 
 def test_the_printed_table_has_each_run_and_what_it_keeps(evaluated, counted):
     out = evaluated[0].stdout
-    full, *pruned = (share_correct(answers) for answers in counted.values())
+    full, *pruned = (share_correct(answers, ASKED) for answers in counted.values())
+    assert "the first 40 questions of each task" in out
     assert f"policy 1: {POLICY}\npolicy 2: {POOR}\npolicy 3: " in out
     (line,) = [line for line in out.splitlines() if "demo_pictures" in line]
-    expected = ["94", f"{full:.4f}"]
+    expected = ["40", f"{full:.4f}"]
     for share in pruned:
         expected += [f"{share:.4f}", f"{share / full:.1%}"]
     assert [cell.strip() for cell in line.split("│")[3:-1]] == expected, line
@@ -78,7 +82,7 @@ def test_the_printed_table_has_each_run_and_what_it_keeps(evaluated, counted):
 
 def test_progress_is_one_line_a_run_on_stderr(evaluated):
     lines = evaluated[0].stderr.splitlines()
-    assert [line.rpartition(": 94 requests, ")[0] for line in lines[:3]] == [
+    assert [line.rpartition(": 40 requests, ")[0] for line in lines[:3]] == [
         "1 of 4: unpruned",
         f"2 of 4: {POLICY}",
         f"3 of 4: {POOR}",
@@ -90,19 +94,19 @@ def test_results_say_what_was_run(evaluated):
     results = json.loads((evaluated[1] / "results.json").read_text())
     assert results["harness"] == "lmms-eval 0.7.3"
     assert set(results["versions"]) == {"transformers", "torch"}
-    assert [run["requests"] for run in results["runs"]] == [94] * 4
+    assert [run["requests"] for run in results["runs"]] == [40] * 4
     assert [run["unpruned"] for run in results["runs"]] == [
-        {"no policy is set": 94},
+        {"no policy is set": 40},
         {},
         {},
-        {REASON: 94},
+        {REASON: 40},
     ]
 
 
 def test_what_ran_unpruned_is_counted_with_its_reason_below_the_table(evaluated):
     out = evaluated[0].stdout
     name = f"{WHOLE.replace(',min', ',method=released,min')}"
-    assert f"\n{name}: 94 of 94 requests ran unpruned: {REASON}\n" in out
+    assert f"\n{name}: 40 of 40 requests ran unpruned: {REASON}\n" in out
     assert out.count("ran unpruned") == 1, "what was asked for, or pruned, is no news"
 
 
