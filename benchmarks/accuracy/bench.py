@@ -40,6 +40,7 @@ METHODS = (
     "released",
     "rows",
     "trace",
+    "max-volume",
     "divprune",
     "dart",
     "fastv",
@@ -52,9 +53,9 @@ METHODS = (
     "random",
 )
 LAYERS = (1, 2)
-SHARES = (0.5, 0.33, 0.22, 0.11)
+SHARES = (0.5, 0.33, 0.22, 0.11, 0.05)
 BY_LAYER = ("set-entropy", "released", "random")  # measured at every layer
-BY_LAYER_SHARE = 0.11
+BY_LAYER_SHARE = 0.11  # and by task
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def by_budget(result: dict[str, Any]) -> list[str]:
 
 def by_task(result: dict[str, Any]) -> list[str]:
     """The tasks apart, for one policy of each method."""
-    layer, share = LAYERS[-1], SHARES[-1]
+    layer, share = LAYERS[-1], BY_LAYER_SHARE
     rows = [["unpruned", *(percent(result["unpruned"][task]) for task in TASKS)]]
     for method in METHODS:
         tasks = result["pruned"][policy(layer, share, method)]
@@ -254,7 +255,7 @@ def wanted(layers: int) -> Sequence[str]:
 def main() -> None:
     """Measure everything, print the report, write it and the plots."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pictures", type=int, default=120)
+    parser.add_argument("--pictures", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=15, help="of timing the selections")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="write OUT.json, OUT.md and plots")

@@ -93,6 +93,31 @@ def test_a_token_without_a_direction_is_no_diversity():
     assert kept("divprune", 2, hidden=hidden) == [0, 1]
 
 
+def test_max_volume_takes_the_longest_and_then_the_longest_residual():
+    # lengths 5, 4, 3, 2; outside [5, 0] there are 0, 3 and 2 left; outside both nothing is
+    hidden = [[5.0, 0.0], [-4.0, 0.0], [0.5, 3.0], [0.0, -2.0]]
+    assert kept("max-volume", 1, hidden=hidden) == [0]
+    assert kept("max-volume", 2, hidden=hidden) == [0, 2]
+    assert kept("max-volume", 3, hidden=hidden) == [0, 1, 2]
+
+
+def test_max_volume_is_greedy_for_the_determinant():
+    """Each step has the largest determinant of all that extend the step before."""
+    hidden = torch.randn(12, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    chosen = []
+    for k in range(1, 8):
+        volume = {
+            i: float((hidden[[*chosen, i]] @ hidden[[*chosen, i]].T).det())
+            for i in set(range(12)) - set(chosen)
+        }
+        chosen.append(max(volume, key=volume.get))
+        assert kept("max-volume", k, hidden=hidden) == sorted(chosen), f"of {k}"
+
+
+def test_max_volume_ranks_what_is_not_finite_last():
+    assert kept("max-volume", 2, hidden=[[math.nan, 1.0], [1.0, 0.0], [0.0, 2.0]]) == [1, 2]
+
+
 def test_visionzip_takes_what_the_tower_looked_at():
     with visionzip.looking_at(torch.tensor([0.1, 0.4, 0.2, 0.3])):
         assert kept("visionzip-style", 2, hidden=torch.zeros(4, 1)) == [1, 3]

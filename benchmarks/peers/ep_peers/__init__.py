@@ -6,7 +6,7 @@ method does beside that choice (merging, recycling, several stages) is left out;
 
 from ep_core.hookspecs import hookimpl
 from ep_core.selectors import Selector
-from ep_peers import baselines, dart, divprune, fastv, sparsevlm, visionzip
+from ep_peers import baselines, dart, divprune, fastv, max_volume, sparsevlm, visionzip
 
 
 @hookimpl
@@ -18,5 +18,6 @@ def entropyprune_selectors() -> list[Selector]:
         sparsevlm.SELECTOR,
         dart.SELECTOR,
         divprune.SELECTOR,
+        max_volume.SELECTOR,
         visionzip.SELECTOR,
     ]
