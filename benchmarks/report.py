@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -65,8 +66,16 @@ def publish(result: Mapping[str, Any], lines: Iterable[str], path: Path | None) 
     text = "\n".join(lines) + "\n"
     print(text)
     if path is not None:
-        path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        path.with_suffix(".md").write_text(text)
+        path.with_name(f"{path.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        path.with_name(f"{path.name}.md").write_text(text)
+
+
+def output(text: str) -> Path:
+    """An argument `--out NAME` for `publish`, refused before any work where it has no folder."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: there is no such folder")
+    return path
 
 
 def progress(items: Iterable[T], what: str, total: float | None = None) -> Iterable[T]:

@@ -94,7 +94,8 @@ def select(
         keep: tokens kept per span, from `plan`.
         queries: `[T, H, D]` query states of layer K-1, where the selector needs them.
         hidden: `[T, d]` hidden states entering layer K, where the selector needs them.
-        attention: `[H, T, T]` attention probabilities of layer K-1, where the selector needs them.
+        attention: `[H, T, T]` attention probabilities of layer K-1, where the selector needs them;
+            rows may end before T, where padding begins.
 
     Returns:
         For each span `[keep]` int64 indices relative to its start, ascending.

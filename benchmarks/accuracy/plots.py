@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,19 @@ import matplotlib
 matplotlib.use("Agg")  # no screen
 import matplotlib.pyplot as plt
 
-OURS = {"set-entropy": "tab:green", "released": "tab:red"}  # drawn thick
+THICK = {"set-entropy": "black", "released": "tab:red"}  # the others are thin
 
 
 def plot_budgets(result: dict[str, Any], path: Path) -> None:
     """Accuracy over the share of kept tokens, a panel for each layer, with 95 % intervals."""
     curves: dict[int, dict[str, list[tuple[float, dict[str, Any]]]]] = {}
-    at = {(row["layer"]) for row in result["layers"]}
     for text, tasks in result["pruned"].items():
         found = re.fullmatch(r"layer=(\d+),keep=([\d.]+),method=(.+)", text)
         assert found is not None
         layer, share, method = int(found[1]), float(found[2]), found[3]
         curves.setdefault(layer, {}).setdefault(method, []).append((share, tasks["all"]))
-    panels = [k for k in sorted(at) if len(curves[k]) > len(OURS) + 1]
+    widest = max(map(len, curves.values()))
+    panels = [layer for layer in sorted(curves) if len(curves[layer]) == widest]
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 5), sharey=True)
     for axis, layer in zip(axes, panels, strict=True):
         for i, (method, points) in enumerate(curves[layer].items()):
@@ -31,8 +32,8 @@ def plot_budgets(result: dict[str, Any], path: Path) -> None:
             shares = [100 * share for share, _ in points]
             values = [100 * counts["accuracy"] for _, counts in points]
             ends = [[100 * end for end in counts["interval"]] for _, counts in points]
-            color = OURS.get(method, plt.get_cmap("tab20")(i % 20))
-            width = 2.5 if method in OURS else 1.0
+            color = THICK.get(method, plt.get_cmap("tab20b")(i % 20))
+            width = 2.5 if method in THICK else 1.0
             axis.plot(shares, values, marker="o", label=method, color=color, linewidth=width)
             axis.fill_between(shares, *zip(*ends, strict=True), color=color, alpha=0.1)
         axis.axhline(100 * result["unpruned"]["all"]["accuracy"], color="gray", linestyle="--")
@@ -44,7 +45,7 @@ def plot_budgets(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def plot_layers(result: dict[str, Any], path: Path) -> None:
+def plot_layers(result: dict[str, Any], methods: Sequence[str], path: Path) -> None:
     """Entropy entering each layer, and beside it accuracy when pruned there."""
     rows = result["layers"]
     layers = [row["layer"] for row in rows]
@@ -54,7 +55,7 @@ def plot_layers(result: dict[str, Any], path: Path) -> None:
     entropy.set_xlabel("layer at which pruning starts")
     accuracy = entropy.twinx()
     accuracy.set_ylabel("accuracy, %")
-    for method in (name for name in rows[0] if name not in ("layer", "entropy", "drop")):
+    for method in methods:
         values = [100 * row[method]["accuracy"] for row in rows]
         errors = [
             [
@@ -66,7 +67,7 @@ def plot_layers(result: dict[str, Any], path: Path) -> None:
                 for value, row in zip(values, rows, strict=True)
             ],
         ]
-        color = OURS.get(method, "tab:blue")
+        color = THICK.get(method, "tab:blue")
         accuracy.errorbar(layers, values, errors, label=method, color=color, capsize=3)
     accuracy.set_ylim(0, 101)
     accuracy.legend(loc="lower right")

@@ -20,7 +20,7 @@ from benchmarks.embedded_model.inference import Answerer
 from benchmarks.embedded_model.prompts import Prompt, question_text
 from benchmarks.embedded_model.scenes import TASKS, Question, Studio, ask_each
 from benchmarks.embedded_model.train import LARGE, SMALL, SQUARE
-from benchmarks.report import environment, heading, progress, publish, table
+from benchmarks.report import environment, heading, output, progress, publish, table
 
 SEED = 777
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "scikit-image", "scikit-learn")
@@ -105,10 +105,9 @@ def report(result: dict[str, Any]) -> list[str]:
     results = result["results"]
     rows = []
     for task in (*TASKS, "all"):
-        cells = [measured["tasks"][task] for measured in results.values()]
-        rows.append(
-            [task, *(f"{percent(cell)} ({cell['right']}/{cell['asked']})" for cell in cells)]
-        )
+        cells = [measured["tasks"].get(task) for measured in results.values()]
+        counts = [f"{percent(c)} ({c['right']}/{c['asked']})" if c else "-" for c in cells]
+        rows.append([task, *counts])
     return [*heading("The demonstration model, unpruned", result), *table(["task", *results], rows)]
 
 
@@ -124,7 +123,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder of the exported checkpoint")
     parser.add_argument("--pictures", type=int, default=250, help="prompts of the main set")
     parser.add_argument("--others", type=int, default=60, help="prompts of each of the other sets")
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument("--out", type=output, help="write OUT.json and OUT.md")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -140,6 +139,7 @@ def main() -> None:
         "results": {
             name: measure(answerer, draw(studio, count), count, name)
             for name, (draw, count) in sets.items()
+            if count
         },
     }
     publish(result, report(result), args.out)

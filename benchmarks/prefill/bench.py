@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from benchmarks.report import environment, heading, publish, ratio, table, timed
+from benchmarks.report import environment, heading, output, publish, ratio, table, timed
 from ep_backends.transformers import enable
 from ep_core import kernels
 from ep_core.budget import DecoderShape, LayerAverage
@@ -330,7 +329,7 @@ def main() -> None:
     parser.add_argument("--overhead-rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", type=torch.device, default="cpu")
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument("--out", type=output, help="write OUT.json and OUT.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -9,12 +9,11 @@ import argparse
 import math
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.report import environment, heading, publish, ratio, table, timed
+from benchmarks.report import environment, heading, output, publish, ratio, table, timed
 from ep_core import kernels
 from ep_core.entropy import cosine_gram, matrix_entropy
 from ep_core.selectors import greedy_renyi2_torch
@@ -92,7 +91,7 @@ def scorers(tokens: int, heads: int, width: int, rounds: int) -> dict[str, Any]:
     reference = dual_reference(q).double()
     trace = (q.double() - q.double().mean(dim=1, keepdim=True)).square().sum(dim=(1, 2)) / heads
     unit = torch.maximum(reference.abs(), trace / math.log(heads))
-    half = tokens // 4
+    keep = tokens // 4
     return {
         "tokens": tokens,
         "paths": summary(quick, "released"),
@@ -104,8 +103,8 @@ def scorers(tokens: int, heads: int, width: int, rounds: int) -> dict[str, Any]:
         "largest error of fused, of max(|score|, tr A / ln H)": float(
             f"{float(((fused(q).double() - reference).abs() / unit).max()):.1e}"
         ),
-        "kept sets equal float64's at a quarter": set(fused(q).topk(half).indices.tolist())
-        == set(reference.topk(half).indices.tolist()),
+        "kept sets equal float64's at a quarter": set(fused(q).topk(keep).indices.tolist())
+        == set(reference.topk(keep).indices.tolist()),
     }
 
 
@@ -207,7 +206,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument("--out", type=output, help="write OUT.json and OUT.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result: dict[str, Any] = {

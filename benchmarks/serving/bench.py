@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.report import environment, heading, progress, publish, table
+from benchmarks.report import environment, heading, output, progress, publish, table
 from benchmarks.serving.kv import LAYERS, PICTURE, capacity
 from benchmarks.serving.load import Reply, body, counters, load
 from benchmarks.serving.servers import THREADS, Server, memory, serving
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--policy", default="layer=2,keep=0.11,method=set-entropy")
     parser.add_argument("--answer", type=int, default=8, help="tokens of each answer")
     parser.add_argument("--scenes", nargs="+", default=[scene.name for scene in SCENES])
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument("--out", type=output, help="write OUT.json and OUT.md")
     args = parser.parse_args()
     policy = PruningPolicy.parse(args.policy)
     if not isinstance(policy.layer, int):

@@ -40,10 +40,18 @@ def test_query_norms_count_all_heads_together(method, expected):
 
 def test_random_takes_every_token_about_equally_often():
     counts = torch.zeros(10)
+    generator = torch.Generator().manual_seed(0)
     for _ in range(1000):
-        counts[kept("random", 3, hidden=torch.zeros(10, 1))] += 1
+        counts[kept("random", 3, hidden=torch.randn(10, 4, generator=generator))] += 1
     spread = math.sqrt(1000 * 0.3 * 0.7)
     assert (counts - 300).abs().max() < 5 * spread, counts.tolist()
+
+
+def test_random_depends_on_the_picture_alone():
+    hidden = torch.randn(10, 4, generator=torch.Generator().manual_seed(1))
+    first = kept("random", 3, hidden=hidden)
+    kept("random", 3, hidden=hidden + 1)
+    assert kept("random", 3, hidden=hidden) == first
 
 
 def test_fastv_reads_the_last_token_and_averages_heads():

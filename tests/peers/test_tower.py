@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as host
 
 from ep_core import EntropyPruneError, demo
-from ep_peers.visionzip import received_attention
+from ep_peers.tower import received_attention
 
 
 @pytest.fixture

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from ep_adapters.plugin import entropyprune_adapters
 from ep_backends.budgets import Settings
 from ep_backends.transformers import enable
 from ep_core import UnsupportedError
+from ep_core.backend import Request
 from ep_core.checkpoint import read_config
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
@@ -49,6 +51,49 @@ def test_a_method_gets_the_attention_of_what_stands_behind_each_picture(lab, giv
     assert len(given) == len(expected) == 3
     for picture, (got, wanted) in enumerate(zip(given, expected, strict=True)):
         torch.testing.assert_close(got, wanted, msg=lambda m, i=picture: f"picture {i}: {m}")
+
+
+def test_a_second_turn_gets_the_maps_of_its_own_tokens(lab, given):
+    """Turn two holds a picture of its own; its keys stand behind those of turn one."""
+    qwen = lab("qwen-gqa")
+    model = qwen.model(attn_implementation="eager")
+    inputs = qwen.encode([qwen.picture(0), "what is it?", qwen.picture(1), "and this?"])
+    token = model.config.image_token_id
+    columns = (inputs["input_ids"][0] == token).nonzero().flatten()
+    jump = int((columns.diff() > 1).nonzero()[0]) + 1
+    cut = int(columns[jump]) - 1  # turn two starts with the marker in front of its picture
+    cache = DynamicCache(config=model.config.get_text_config())
+    patches = int(inputs["image_grid_thw"][0].prod())
+    pixels = inputs["pixel_values"]
+    turns = [(slice(0, cut), pixels[:patches], 0), (slice(cut, None), pixels[patches:], 1)]
+    with torch.inference_mode():
+        maps = model(**inputs, output_attentions=True).attentions[1][0]
+        positions = model.model.get_rope_index(
+            inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
+        )[0]
+        with enable(model, POLICY):
+            for part, own, picture in turns:
+                model(
+                    input_ids=inputs["input_ids"][:, part],
+                    attention_mask=inputs["attention_mask"][:, : part.stop],
+                    mm_token_type_ids=inputs["mm_token_type_ids"][:, part],
+                    position_ids=positions[..., part],
+                    pixel_values=own,
+                    image_grid_thw=inputs["image_grid_thw"][picture : picture + 1],
+                    past_key_values=cache,
+                )
+    run = columns[jump:]
+    assert len(given) == 2
+    torch.testing.assert_close(given[1], maps[:, run[-1] + 1 :, run])
+
+
+def test_a_session_loads_what_such_a_method_needs(lab, given):
+    qwen = lab("qwen-gqa")
+    backend = registry().backend("transformers").load()
+    with backend.open(qwen.path, PruningPolicy.parse(POLICY), dtype="float32") as session:
+        (answer,) = session.generate([Request((qwen.picture(0), "what is it?"), 1)])
+    assert len(given) == 1
+    assert answer.spans[0].kept == (0, 1, 2)
 
 
 def test_an_engine_without_maps_refuses_such_a_method(lab, given):

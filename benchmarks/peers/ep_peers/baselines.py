@@ -6,20 +6,14 @@ import torch
 
 from ep_core.selectors import Need, Selector, SpanInputs, top_k
 
-_SEED = 2602
 
-
-class Random:
-    """A random subset, another one at each call; the same calls give the same subsets."""
-
-    def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(_SEED)
-
-    def __call__(self, inputs: SpanInputs, k: int) -> torch.Tensor:
-        """`[k]` ascending indices, on the device of the hidden states."""
-        assert inputs.hidden is not None
-        order = torch.randperm(len(inputs.hidden), generator=self._generator)
-        return order[:k].sort().values.to(inputs.hidden.device)
+def random(inputs: SpanInputs, k: int) -> torch.Tensor:
+    """A random subset that depends on the span alone, as a cached prefix needs it."""
+    assert inputs.hidden is not None
+    seed = int(inputs.hidden.double().sum().view(torch.int64)) & (2**63 - 1)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(inputs.hidden), generator=generator)
+    return order[:k].sort().values.to(inputs.hidden.device)
 
 
 def by_norm(inputs: SpanInputs, k: int, *, of: Need, sign: int) -> torch.Tensor:
@@ -40,7 +34,7 @@ _STATES: list[tuple[str, str, Need]] = [
     ("hidden", "hidden states", "hidden"),
 ]
 SELECTORS = [
-    Selector("random", "a random subset", frozenset({"hidden"}), Random()),
+    Selector("random", "a random subset", frozenset({"hidden"}), random),
     *(
         Selector(
             f"{what}-norm-{size}",

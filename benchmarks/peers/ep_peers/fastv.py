@@ -1,4 +1,7 @@
-"""FastV (arXiv 2403.06764): the tokens that the prompt's last token attends to most."""
+"""FastV (arXiv 2403.06764): the tokens that the prompt's last token attends to most.
+
+As its released code has it. Each picture is ranked by itself; the code ranks all of them together.
+"""
 
 import torch
 

@@ -1,8 +1,8 @@
 """SparseVLM (arXiv 2410.04417): the tokens that the text which looks at the picture attends to.
 
 Only the ranking. The paper picks its raters by the similarity of text and visual embeddings in
-front of the decoder; here they are picked by attention in layer K-1, which a selector can see.
-Ranks per layer, token recycling and merging are left out.
+front of the decoder; here they are picked by attention in layer K-1, which a selector can see,
+among all tokens behind the picture. Ranks per layer, token recycling and merging are left out.
 """
 
 import torch
