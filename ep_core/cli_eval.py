@@ -31,6 +31,7 @@ from ep_core.policy import ENV, EXAMPLE, PruningPolicy
 
 HARNESSES = {"lmms-eval": "ep_backends.lmms_eval"}  # modules that run one evaluation each
 UNPRUNED = "unpruned"
+RESULTS = "results.json"
 EXAMPLE_ENDPOINT = "http://127.0.0.1:30000/v1"
 
 
@@ -116,38 +117,21 @@ def evaluate(
             name: {**subject, "policy": policy}
             for name, policy in _with_unpruned(model, policies).items()
         }
+    finished: list[_Run] = []
     with tempfile.TemporaryDirectory() as scratch:
-        results = [
-            _run(
-                HARNESSES[harness],
-                name,
-                f"{i} of {len(runs)}",
-                {**common, **run, "log_samples": out is not None},
-                out or Path(scratch),
-            )
-            for i, (name, run) in enumerate(runs.items(), 1)
-        ]
-    rows = _rows(results)
-    console = Console(soft_wrap=True, highlight=False)
-    for i, run in enumerate(results[1:], 1):
-        console.print(f"policy {i}: {run.name}", markup=False)
-    table = _table(rows, next(iter(runs)), len(runs) - 1, limit)
-    # a table that a log cuts off is worth little
-    console.width = max(console.width, Console(width=1000).measure(table).maximum)
-    console.print(table)
-    for run in results:
-        for line in run.remarks():
-            console.print(line, markup=False)
-    if out is not None:
-        summary = {
-            "harness": f"{harness} {results[0].facts.pop('harness_version')}",
-            **subject,
-            **common,
-            "runs": [{"name": run.name, "seconds": run.seconds, **run.facts} for run in results],
-            "table": rows,
-        }
-        (out / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
-        console.print(f"written to {out / 'results.json'}", markup=False)
+        for i, (name, run) in enumerate(runs.items(), 1):
+            settings = {**common, **run, "log_samples": out is not None}
+            which = f"{i} of {len(runs)}"
+            try:
+                column = _run(HARNESSES[harness], name, which, settings, out or Path(scratch))
+            except EntropyPruneError:
+                if finished:
+                    _show(finished, limit, out)
+                raise
+            finished.append(column)
+            if out is not None:
+                _write(out / RESULTS, harness, {**subject, **common}, finished)
+    _show(finished, limit, out)
 
 
 @dataclass(frozen=True)
@@ -158,8 +142,8 @@ class _Run:
         name: the policy, "unpruned" or the endpoint.
         seconds: what it took, the model's loading included.
         facts: `tasks`, `{task: {"questions": n, "main": metric, "metrics": {metric: {"value",
-            "stderr"}}}}`; `requests`; `unpruned`, `{reason: requests}`; `notes`, lines for the
-            reader; `harness_version`.
+            "stderr", "higher_is_better"}}}}`, a value of None where there is none; `requests`;
+            `unpruned`, `{reason: requests}`; `notes`, lines for the reader; `harness_version`.
     """
 
     name: str
@@ -174,6 +158,39 @@ class _Run:
                 yield f"{self.name}: {count:,} of {requests:,} requests ran unpruned: {reason}"
         for note in self.facts["notes"]:
             yield f"{self.name}: {note}"
+
+
+def _write(path: Path, harness: str, settings: dict[str, Any], runs: list[_Run]) -> None:
+    """The finished runs; another run's end replaces the file as a whole."""
+    summary = {
+        "harness": f"{harness} {runs[0].facts['harness_version']}",
+        **settings,
+        "runs": [{"name": run.name, "seconds": run.seconds, **run.facts} for run in runs],
+        "table": _rows(runs),
+    }
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(summary, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def _show(runs: list[_Run], limit: int | None, out: Path | None) -> None:
+    """Print the table and what its reader must know."""
+    rows = _rows(runs)
+    policies = len(runs) - 1
+    console = Console(soft_wrap=True, highlight=False)
+    for i, run in enumerate(runs[1:], 1):
+        console.print(f"policy {i}: {run.name}", markup=False)
+    table = _table(rows, runs[0].name, policies, limit)
+    # a table that a log cuts off is worth little
+    console.width = max(console.width, Console(width=1000).measure(table).maximum)
+    console.print(table)
+    for line in _remarks(rows, policies):
+        console.print(line, markup=False)
+    for run in runs:
+        for line in run.remarks():
+            console.print(line, markup=False)
+    if out is not None:
+        console.print(f"written to {out / RESULTS}", markup=False)
 
 
 def _names(tasks: str) -> list[str]:
@@ -270,17 +287,19 @@ def _rows(runs: list[_Run]) -> list[dict[str, Any]]:
         for metric in measured["metrics"]:
             columns = [run.facts["tasks"][task]["metrics"].get(metric) or {} for run in runs]
             values = [column.get("value") for column in columns]
+            higher_is_better = measured["metrics"][metric]["higher_is_better"]
+            whole = values[0] if higher_is_better else None
             rows.append(
                 {
                     "task": task,
                     "metric": metric,
                     "main": metric == measured["main"],
+                    "higher_is_better": higher_is_better,
                     "questions": measured["questions"],
                     "values": values,
                     "stderr": [column.get("stderr") for column in columns],
                     "kept": [
-                        value / values[0] if values[0] and value is not None else None
-                        for value in values
+                        value / whole if whole and value is not None else None for value in values
                     ],
                 }
             )
@@ -314,3 +333,22 @@ def _table(rows: list[dict[str, Any]], first: str, policies: int, limit: int | N
         cells = [cell for mean in means[1:] for cell in ("", percent(mean))]
         table.add_row("mean of the tasks", "each task's first", "", "", *cells)
     return table
+
+
+def _remarks(rows: list[dict[str, Any]], policies: int) -> Iterator[str]:
+    """The tasks whose first metric has no share that is kept, and why."""
+    firsts = [row for row in rows if row["main"]]
+    so = ", so there is no mean of the tasks" if len(firsts) > 1 and policies else ""
+    reasons: dict[str, list[str]] = {}
+    for row in firsts:
+        if None in row["values"]:
+            reason = "no value of the first metric"
+        elif policies and not row["higher_is_better"]:
+            reason = "lower is better in the first metric"
+        elif policies and row["values"][0] == 0:
+            reason = "the first metric's first value is 0"
+        else:
+            continue
+        reasons.setdefault(reason, []).append(f"{row['task']} ({row['metric']})")
+    for reason, names in reasons.items():
+        yield f"{', '.join(names)}: {reason}{so}"

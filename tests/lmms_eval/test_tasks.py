@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from ep_backends.lmms_eval.__main__ import measured
 from ep_core import demo
 from ep_core.backend import Request
 from ep_core.errors import EntropyPruneError
@@ -54,7 +55,7 @@ FIRST = QUESTIONS[:2]
 
 @pytest.fixture
 def evaluate(tmp_path, monkeypatch):
-    """Evaluate TASK with more lines of YAML on some questions; gives counts and answers."""
+    """Evaluate TASK with more lines of YAML on some questions; gives facts and answers."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setattr(sys, "argv", sys.argv)  # lmms-eval's parser reads it
 
@@ -68,8 +69,8 @@ def evaluate(tmp_path, monkeypatch):
                 name = picture.name if picture else ""
                 line = {"image": name, "question": question, "answer": answer}
                 file.write(json.dumps(line) + "\n")
-        _, counts = evaluate_here(tmp_path, "demo_pictures", tasks, **settings)
-        return counts, logged_answers(tmp_path)
+        measured, counts = evaluate_here(tmp_path, "demo_pictures", tasks, **settings)
+        return counts | measured, logged_answers(tmp_path)
 
     return run
 
@@ -183,3 +184,39 @@ def test_lmms_eval_finds_the_models_through_their_entry_point():
     assert get_model("entropyprune") is BackendModel
     assert get_model("entropyprune_endpoint") is EndpointModel
     assert {"entropyprune", "entropyprune_endpoint"} <= set(list_available_models())
+
+
+def of_one_task(values, config, directions=None):
+    """What becomes of lmms-eval's results of one task."""
+    results = {
+        "results": {"t": {"alias": "t", **values}},
+        "configs": {"t": config},
+        "higher_is_better": {"t": directions or {}},
+        "n-samples": {"t": {"effective": 7}},
+    }
+    return measured(results)["t"]
+
+
+@pytest.mark.parametrize("first", [{}, {"judge,none": float("nan")}, {"judge,none": "N/A"}])
+def test_the_metric_listed_first_stays_the_main_one_without_a_value(first):
+    listed = {"metric_list": [{"metric": "judge"}, {"metric": "match"}, {"metric": "submission"}]}
+    task = of_one_task({"match,none": 0.5, "submission,none": None, **first}, listed)
+    values = {metric: facts["value"] for metric, facts in task["metrics"].items()}
+    assert task["main"] == "judge", "another metric took the first one's place"
+    assert values == {"judge": None, "match": 0.5}
+
+
+def test_without_a_list_of_metrics_the_results_keep_their_order():
+    values = {"b,none": 1.0, "b_stderr,none": 0.1, "b_stderr_clt,none": 0.1, "a,strict": 2.0}
+    task = of_one_task(values, {})
+    assert (task["main"], list(task["metrics"])) == ("b", ["b", "a (strict)"])
+    assert of_one_task({}, {})["metrics"]["no metric"]["value"] is None, "the task vanished"
+
+
+def test_lmms_eval_says_where_lower_is_better(evaluate):
+    judged = "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: false}]\n"
+    facts, _ = evaluate(VISUAL + judged)
+    (metric,) = facts["tasks"]["demo_pictures"]["metrics"].values()
+    assert metric["higher_is_better"] is False, "its direction was lost on the way"
+    unsaid = of_one_task({"a,none": 1.0, "b,none": 1.0}, {}, {"a": None})["metrics"].values()
+    assert [each["higher_is_better"] for each in unsaid] == [True, True]

@@ -23,6 +23,10 @@ from ep_backends.lmms_eval import ENDPOINT, NAME
 from ep_core.errors import EntropyPruneError, UnsupportedError
 
 LOG = "log.txt"
+DERIVED = (  # ends of the names under which lmms-eval tells more about a metric
+    *("_stderr", "_stderr_clt", "_stderr_clustered", "_expected_accuracy"),
+    *("_consensus_accuracy", "_internal_variance", "_consistency_rate"),
+)
 OURS = {  # what `entropyprune eval` decides, by lmms-eval's names
     "model": "--model",
     "model_args": "--model, --policy, --backend and the like",
@@ -169,7 +173,7 @@ def served_model(url: str) -> str:
 
 
 def measured(results: dict[str, Any]) -> dict[str, Any]:
-    """lmms-eval's numbers for each task, the metric that the task lists first in front."""
+    """lmms-eval's numbers for each task; the metric listed first is there without a number too."""
     tasks = {}
     for task, config in results["configs"].items():
         values = {
@@ -177,16 +181,22 @@ def measured(results: dict[str, Any]) -> dict[str, Any]:
             for key, value in results["results"][task].items()
             if "," in key
         }
-        order = [metric["metric"] for metric in config["metric_list"]]
+        listed = [metric["metric"] for metric in config.get("metric_list") or []]
+        order = listed or [name for name, _ in values if not name.endswith(DERIVED)]
+        directions = results.get("higher_is_better", {}).get(task, {})
         metrics: dict[str, Any] = {}
-        for metric in order:
-            for (name, filter_), value in values.items():
-                if name == metric and finite(value) is not None:
-                    label = name if filter_ == "none" else f"{name} ({filter_})"
-                    error = finite(values.get((f"{name}_stderr", filter_)))
-                    metrics[label] = {"value": finite(value), "stderr": error}
+        for metric in dict.fromkeys(order or ["no metric"]):
+            filters = [filter_ for name, filter_ in values if name == metric]
+            for filter_ in filters or ["none"]:
+                value = finite(values.get((metric, filter_)))
+                if value is not None or not metrics:
+                    metrics[metric if filter_ == "none" else f"{metric} ({filter_})"] = {
+                        "value": value,
+                        "stderr": finite(values.get((f"{metric}_stderr", filter_))),
+                        "higher_is_better": directions.get(metric) is not False,
+                    }
         questions = results["n-samples"][task]["effective"]
-        main = next(iter(metrics), None)
+        main = next(iter(metrics))
         tasks[task] = {"questions": int(questions), "main": main, "metrics": metrics}
     return tasks
 
