@@ -32,9 +32,10 @@ def plot_budgets(result: dict[str, Any], path: Path) -> None:
             shares = [100 * share for share, _ in points]
             values = [100 * counts["accuracy"] for _, counts in points]
             ends = [[100 * end for end in counts["interval"]] for _, counts in points]
-            color = THICK.get(method, plt.get_cmap("tab20b")(i % 20))
+            color = THICK.get(method, plt.get_cmap("tab20")(i % 20))
             width = 2.5 if method in THICK else 1.0
-            axis.plot(shares, values, marker="o", label=method, color=color, linewidth=width)
+            marker = "osD^v"[i % 5]
+            axis.plot(shares, values, marker=marker, label=method, color=color, linewidth=width)
             axis.fill_between(shares, *zip(*ends, strict=True), color=color, alpha=0.1)
         axis.axhline(100 * result["unpruned"]["all"]["accuracy"], color="gray", linestyle="--")
         axis.set_title(f"pruned at layer {layer}")
@@ -50,7 +51,7 @@ def plot_layers(result: dict[str, Any], methods: Sequence[str], path: Path) -> N
     rows = result["layers"]
     layers = [row["layer"] for row in rows]
     figure, entropy = plt.subplots(figsize=(7, 4.5))
-    entropy.plot(layers, [row["entropy"] for row in rows], color="black", marker="s")
+    entropy.plot(layers, [row["entropy"] for row in rows], color="gray", marker="s", linestyle=":")
     entropy.set_ylabel("median matrix entropy entering the layer (squares)")
     entropy.set_xlabel("layer at which pruning starts")
     accuracy = entropy.twinx()
