@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")  # no screen
 import matplotlib.pyplot as plt
 
-THICK = {"set-entropy": "black", "released": "tab:red"}  # the others are thin
+THICK = {"set-entropy": "black", "released": "tab:blue"}  # the others are thin
 
 
 def plot_budgets(result: dict[str, Any], path: Path) -> None:
@@ -68,7 +68,7 @@ def plot_layers(result: dict[str, Any], methods: Sequence[str], path: Path) -> N
                 for value, row in zip(values, rows, strict=True)
             ],
         ]
-        color = THICK.get(method, "tab:blue")
+        color = THICK.get(method, "tab:orange")
         accuracy.errorbar(layers, values, errors, label=method, color=color, capsize=3)
     accuracy.set_ylim(0, 101)
     accuracy.legend(loc="lower right")
