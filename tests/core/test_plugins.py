@@ -232,7 +232,7 @@ def test_installed_plugins_are_found_broken_ones_warn_and_blocked_ones_are_not_i
     run = subprocess.run(
         [sys.executable, "-c", PRINT_REGISTRY],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": path, ENV_BLOCK: "unwanted, noisy,"},
+        env=os.environ | {"PYTHONPATH": path, ENV_BLOCK: "unwanted, noisy, peers,"},
         capture_output=True,
         text=True,
         check=False,
