@@ -261,7 +261,7 @@ def wanted(layers: int) -> Sequence[str]:
 def main() -> None:
     """Measure everything, print the report, write it and the plots."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pictures", type=int, default=100)
+    parser.add_argument("--pictures", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=15, help="of timing the selections")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=output, help="write OUT.json, OUT.md and plots")

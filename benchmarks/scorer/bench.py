@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[576, 1024, 2880, 4096])
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=output, help="write OUT.json and OUT.md")
     args = parser.parse_args()
