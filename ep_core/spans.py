@@ -126,5 +126,5 @@ def staying(tokens: int, spans: Sequence[VisualSpan], kept: Sequence[torch.Tenso
     stays = torch.ones(tokens, dtype=torch.bool, device=kept[0].device if kept else None)
     for span, own in zip(spans, kept, strict=True):
         stays[span.start : span.stop] = False
-        stays[span.start + own] = True
+        stays.index_fill_(0, span.start + own, True)  # assigning a number would wait for the device
     return stays

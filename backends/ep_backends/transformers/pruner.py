@@ -153,10 +153,20 @@ class _Pass:
     real: torch.Tensor  # [B, cached + N] bool: columns of layers < K that are no padding
     cached: int
     held: int | None  # M <= N: new columns that layers >= K hold; None if nothing is dropped
+    padded: bool  # may some of the columns that layers >= K hold be padding?
     queries: torch.Tensor | None = None  # [B, N, H, D]
     attention: torch.Tensor | None = None  # [B, H, N, N]
     index: torch.Tensor | None = None  # [B, M]: which new columns, padding first, then ascending
     later_inputs: dict[str, Any] = field(default_factory=dict)
+
+    def mask(self, columns: torch.Tensor) -> torch.Tensor | None:
+        """Which of the held `columns` `[B, M]` are no padding; None: all, known without a look.
+
+        Said anew in each pass: an earlier turn's tail may become padding.
+        """
+        if not self.padded:
+            return None  # with a mask transformers would read it, and wait for the device
+        return self.real.take_along_dim(columns.clamp_min(0), 1) & (columns >= 0)
 
 
 class _Local(threading.local):
@@ -274,13 +284,18 @@ class Pruning:
             )
         real = mask.bool()
         # a single new token is decode
-        new = self._plan(inputs, real, cached) if tokens > 1 else None
-        if new is not None or held is not None:
-            rows = list(self._local.rows)
-            self._local.planned = _Pass(rows=rows, real=real, cached=cached, held=new)
+        counts = self._plan(inputs, real, cached) if tokens > 1 else None
+        if counts is not None or held is not None:
+            self._local.planned = _Pass(
+                rows=list(self._local.rows),
+                real=real,
+                cached=cached,
+                held=None if counts is None else max(counts),
+                padded=counts is None or cached > 0 or len(set(counts)) > 1,
+            )
 
-    def _plan(self, inputs: torch.Tensor, real: torch.Tensor, cached: int) -> int | None:
-        """Plan every row of a prefill; new columns that layers >= K hold, None if none drops."""
+    def _plan(self, inputs: torch.Tensor, real: torch.Tensor, cached: int) -> list[int] | None:
+        """Plan every row of a prefill; its new tokens in layers >= K, None if none drops any."""
         flags: list[list[bool]] = real.tolist()
         if inputs.ndim == 2:
             rows = [
@@ -295,9 +310,9 @@ class Pruning:
             self.counters.add(sum(map(len, row.spans)), row.dropped, row.reason)
         if not any(row.dropped for row in rows):
             return None
-        return max(
+        return [
             sum(columns[cached:]) - row.dropped for columns, row in zip(flags, rows, strict=True)
-        )
+        ]
 
     def _plan_row(self, token_ids: list[int], real: list[bool], cached: int) -> Row:
         """Plan one prompt; `real` also covers the cached columns."""
@@ -385,8 +400,7 @@ class Pruning:
         current.later_inputs["attention_mask"] = create_causal_mask(
             config=self._decoder.config,
             inputs_embeds=hidden,
-            # what is padding is said anew in each pass: an earlier turn's tail may become it
-            attention_mask=current.real.take_along_dim(columns.clamp_min(0), 1) & (columns >= 0),
+            attention_mask=current.mask(columns),
             past_key_values=from_layer(cache, self._layer),
         )
         kwargs = kwargs | current.later_inputs
