@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_linalg_eigh")
+
 
 class NoWaiting(TorchDispatchMode):
     """Refuses operations for which the host would wait until a GPU has come that far."""
@@ -16,12 +18,18 @@ class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+        if name in READS:
             raise AssertionError(f"{func} reads values on the host")
         if name == "index_put_" and args[2].ndim == 0:
             raise AssertionError("assigning a number to chosen elements copies it to the device")
-        if name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
-            raise AssertionError("choosing by booleans waits for their number")
+        if name in ("index", "index_put_"):
+            for index in args[1]:
+                if index is not None and index.dtype == torch.bool:
+                    raise AssertionError("choosing by booleans waits for their number")
+                if index is not None and index.device != args[0].device:
+                    raise AssertionError("indices of another device are copied")
+        if name == "copy_" and args[0].device != args[1].device:
+            assert args[2:] == (True,), f"a copy from {args[1].device} waits"
         device = kwargs.get("device")
         if name == "_to_copy" and device not in (None, args[0].device):
             assert kwargs.get("non_blocking"), f"a copy from {args[0].device} to {device} waits"

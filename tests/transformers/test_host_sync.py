@@ -1,16 +1,28 @@
-"""A pruned prefill never waits for the device."""
+"""Pruning never waits for the device after its plan, and follows a model over several devices."""
+
+import functools
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 
 from ep_backends.transformers import enable
+from ep_core import kernels
 from ep_core.plugins import registry
+from ep_core.selectors import greedy_renyi2_torch
 from ep_core.spans import VisualSpan, select, staying
 
 from ..host_sync import NoWaiting  # noqa: TID252 # tests are no installed package
 
 METHODS = ["released", "rows", "trace", "set-entropy"]
+
+
+@pytest.fixture(autouse=True)
+def fused_scores(monkeypatch):
+    """Kernels for `meta`: the eigenvalues of the torch path would wait on a GPU."""
+    fused = kernels.Kernels("none", lambda q, how: q.float().sum(dim=(1, 2)), greedy_renyi2_torch)
+    monkeypatch.setitem(kernels._found, "meta", fused)
 
 
 @pytest.mark.parametrize(
@@ -20,9 +32,12 @@ METHODS = ["released", "rows", "trace", "set-entropy"]
         lambda x: bool((x > 0).all()),
         lambda x: x.tolist(),
         lambda x: x[x > 0],
+        lambda x: x[torch.tensor([0, 1])],
         lambda x: x.__setitem__(torch.zeros(2, dtype=torch.int64, device="meta"), 1),
+        lambda x: x.copy_(torch.zeros(3)),
         lambda x: x.nonzero(),
         lambda x: torch.zeros(3).to("meta"),
+        lambda x: torch.linalg.eigvalsh(x.diag()),
     ],
 )
 def test_what_waits_is_noticed(wait):
@@ -50,18 +65,50 @@ def test_selection_does_not_wait(method):
 
 @pytest.mark.parametrize("method", ["released", "set-entropy"])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_pruned_prefill_does_not_wait(family, method, rows):
-    """The whole decoder: the pictures are found on the host, then every tensor is on `meta`."""
+def test_a_conversation_does_not_wait(family, method, rows):
+    """Prompt, answer and next turn in the decoder: plans are made on the host, the rest on meta."""
     model = family.model()
     batch = family.encode(*[["what is it?", family.picture(0)]] * rows)
+    decoder, cache = model.get_decoder().to("meta"), DynamicCache(config=model.get_decoder().config)
+    text = batch["input_ids"][:, -3:]
+    passes = [batch, {"input_ids": text[:, :1]}, {"input_ids": text[:, :1]}, {"input_ids": text}]
+    seen, held = 0, 0
     with enable(model, f"layer=2,keep=4,method={method}") as pruning:
-        pruning._before_model(model.base_model, (), batch)
-        pruning._local.planned.real = batch["attention_mask"].bool().to("meta")
-        decoder = model.get_decoder().to("meta")
-        embedded = torch.empty(*batch["input_ids"].shape, decoder.config.hidden_size, device="meta")
-        cache = DynamicCache(config=decoder.config)
-        with NoWaiting():
-            output = decoder(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
+        for inputs in passes:
+            tokens = inputs["input_ids"].shape[1]
+            pruning._before_model(model.base_model, (), {**inputs, "past_key_values": cache})
+            planned = pruning._local.planned
+            planned.real = planned.real.to("meta")
+            embedded = torch.empty(rows, tokens, decoder.config.hidden_size, device="meta")
+            with NoWaiting():
+                output = decoder(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
+            assert output.last_hidden_state.shape == embedded.shape
+            seen, held = seen + tokens, held + (planned.held or tokens)
+            lengths = [layer.keys.shape[2] for layer in cache.layers]
+            assert lengths == [seen] * 2 + [held] * (len(lengths) - 2)
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_layers_may_lie_on_several_devices(family, first):
+    """Layers from `first` on move what they get to their device, as those that accelerate spreads
+    do; pruned are layers >= 2."""
+    model = family.model()
+    batch = family.encode(*[["what is it?", family.picture(0)]] * 2)
+    decoder = model.get_decoder()
+    for part in (*decoder.layers[first:], decoder.norm):
+        part.to("meta").forward = functools.partial(_moved, part.forward)
+    cache = DynamicCache(config=decoder.config)
+    embedded = torch.zeros(*batch["input_ids"].shape, decoder.config.hidden_size)
+    with enable(model, "layer=2,keep=4,method=set-entropy") as pruning:
+        pruning._before_model(model.base_model, (), {**batch, "past_key_values": cache})
+        output = decoder(
+            inputs_embeds=embedded, attention_mask=batch["attention_mask"], past_key_values=cache
+        )
     assert output.last_hidden_state.shape == embedded.shape
-    dropped = [layer.keys.shape[2] < embedded.shape[1] for layer in cache.layers]
-    assert dropped == [k >= 2 for k in range(len(dropped))], "layers >= 2 hold kept tokens only"
+    assert cache.layers[2].keys.shape[2] < embedded.shape[1]
+
+
+def _moved(forward, *args, **kwargs):
+    """What accelerate puts around `forward`."""
+    args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to("meta"), (args, kwargs))
+    return forward(*args, **kwargs)

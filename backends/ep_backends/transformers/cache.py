@@ -18,18 +18,25 @@ class HeldColumns(DynamicLayer):  # type: ignore[misc]  # transformers is untype
     Attributes:
         columns: `[B, M]` int64, for each slot of layers >= K the column of layers < K that it
             holds, or -1 where it pads a shorter row. None while the cache is empty.
+        padded: there may be a -1 among the columns.
         below: columns that layers < K hold.
         digest: of the policy that chose them.
     """
 
     columns: torch.Tensor | None = None
+    padded: bool = False
     below: int = 0
     digest: str = ""
 
     @classmethod
     def join(
-        cls, cache: Cache | None, policy: PruningPolicy, below: int, columns: torch.Tensor
-    ) -> torch.Tensor:
+        cls,
+        cache: Cache | None,
+        policy: PruningPolicy,
+        below: int,
+        columns: torch.Tensor,
+        padded: bool,
+    ) -> tuple[torch.Tensor, bool]:
         """Append new columns to those that the cache holds.
 
         Args:
@@ -37,12 +44,13 @@ class HeldColumns(DynamicLayer):  # type: ignore[misc]  # transformers is untype
             policy: what is pruned, its layer settled.
             below: columns in layers < K, the new ones included.
             columns: `[B, M]` new columns that layers >= K hold.
+            padded: there may be a -1 among them.
 
         Returns:
-            All columns that layers >= K hold after this pass.
+            All columns that layers >= K hold after this pass, and the same of them.
         """
         if cache is None:
-            return columns
+            return columns, padded
         assert isinstance(policy.layer, int)
         if len(cache.layers) == policy.layer:  # a cache that grows by itself
             cache.layers.append(cls())
@@ -55,13 +63,14 @@ class HeldColumns(DynamicLayer):  # type: ignore[misc]  # transformers is untype
             cached = layer.get_seq_length()
             before = torch.arange(cached, device=columns.device).expand(len(columns), -1)
         layer.columns = torch.cat([before, columns], dim=1)
+        layer.padded = layer.padded or padded
         layer.below, layer.digest = below, policy.digest
-        return layer.columns
+        return layer.columns, layer.padded
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.columns = None
+        self.columns, self.padded = None, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the batch."""
@@ -107,7 +116,7 @@ def check_cache(cache: Any, policy: PruningPolicy) -> HeldColumns | None:
     if held is None:
         return None
     if cache.get_seq_length() == 0:  # emptied: it remembers nothing
-        held.columns = None
+        held.columns, held.padded = None, False
         return None
     if held.digest != policy.digest:
         raise UnsupportedError(

@@ -153,20 +153,11 @@ class _Pass:
     real: torch.Tensor  # [B, cached + N] bool: columns of layers < K that are no padding
     cached: int
     held: int | None  # M <= N: new columns that layers >= K hold; None if nothing is dropped
-    padded: bool  # may some of the columns that layers >= K hold be padding?
+    padded: bool  # rows of this pass hold different numbers of columns in layers >= K
     queries: torch.Tensor | None = None  # [B, N, H, D]
     attention: torch.Tensor | None = None  # [B, H, N, N]
     index: torch.Tensor | None = None  # [B, M]: which new columns, padding first, then ascending
     later_inputs: dict[str, Any] = field(default_factory=dict)
-
-    def mask(self, columns: torch.Tensor) -> torch.Tensor | None:
-        """Which of the held `columns` `[B, M]` are no padding; None: all, known without a look.
-
-        Said anew in each pass: an earlier turn's tail may become padding.
-        """
-        if not self.padded:
-            return None  # with a mask transformers would read it, and wait for the device
-        return self.real.take_along_dim(columns.clamp_min(0), 1) & (columns >= 0)
 
 
 class _Local(threading.local):
@@ -291,7 +282,7 @@ class Pruning:
                 real=real,
                 cached=cached,
                 held=None if counts is None else max(counts),
-                padded=counts is None or cached > 0 or len(set(counts)) > 1,
+                padded=counts is not None and len(set(counts)) > 1,
             )
 
     def _plan(self, inputs: torch.Tensor, real: torch.Tensor, cached: int) -> list[int] | None:
@@ -377,6 +368,7 @@ class Pruning:
                 raise UnsupportedError("continue a pruned cache by calling the model")
             return None
         hidden = args[0] if args else kwargs["hidden_states"]  # [B, N, d]
+        current.real = current.real.to(hidden.device)  # layers may be spread over devices
         columns = torch.arange(current.cached, current.real.shape[1], device=hidden.device)
         columns = columns.expand(len(hidden), -1)
         if current.held is not None:
@@ -396,13 +388,21 @@ class Pruning:
             hidden = hidden[_batch(index), index]  # whole rows: a gather goes by element
             for name in self._adapter.cut_along:
                 current.later_inputs[name] = _take(kwargs.get(name), index)
-        columns = HeldColumns.join(cache, self.policy, current.real.shape[1], columns)
-        current.later_inputs["attention_mask"] = create_causal_mask(
-            config=self._decoder.config,
-            inputs_embeds=hidden,
-            attention_mask=current.mask(columns),
-            past_key_values=from_layer(cache, self._layer),
+        columns, padded = HeldColumns.join(
+            cache, self.policy, current.real.shape[1], columns, current.padded
         )
+        mask = None
+        # where layers < K need no mask, these need none; to ask again would wait for the device
+        if padded or kwargs.get("attention_mask") is not None:
+            mask = create_causal_mask(
+                config=self._decoder.config,
+                inputs_embeds=hidden,
+                # what is padding is said anew in each pass: an earlier turn's tail may become it
+                attention_mask=current.real.take_along_dim(columns.clamp_min(0), 1)
+                & (columns >= 0),
+                past_key_values=from_layer(cache, self._layer),
+            )
+        current.later_inputs["attention_mask"] = mask
         kwargs = kwargs | current.later_inputs
         if args:
             return (hidden, *args[1:]), kwargs
@@ -423,8 +423,9 @@ class Pruning:
         if current is None or current.index is None:
             return None
         batch, columns = current.real.shape
+        index = current.index.to(output.device)
         spread = output.new_full((batch, columns - current.cached, output.shape[2]), math.nan)
-        spread[_batch(current.index), current.index] = output
+        spread[_batch(index), index] = output
         return spread
 
 
@@ -447,8 +448,10 @@ def _take(value: Any, index: torch.Tensor) -> Any:
     if value is None:
         return None
     if isinstance(value, tuple):  # cos and sin, each [B or 1, N, head_dim]
-        return tuple(part.take_along_dim(index[..., None], dim=-2) for part in value)
-    return value.take_along_dim(index, dim=-1)  # position ids [B or 1, N]
+        return tuple(
+            part.to(index.device).take_along_dim(index[..., None], dim=-2) for part in value
+        )
+    return value.to(index.device).take_along_dim(index, dim=-1)  # position ids [B or 1, N]
 
 
 def _checked(
