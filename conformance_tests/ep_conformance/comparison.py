@@ -113,6 +113,8 @@ class Expected:
         """Fail unless every difference lies within the measured noise of the scores."""
         exact = self._run(1, torch.float64)
         for i, (actual, wanted) in enumerate(zip(kept, self.result.kept, strict=True)):
+            if list(actual) == wanted:
+                continue
             overlap = len(set(actual) & set(wanted)) / len(wanted)
             assert overlap >= OVERLAP_FLOOR, (
                 f"picture {i}: {overlap:.0%} of the oracle's tokens were kept, at least "

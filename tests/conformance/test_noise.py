@@ -1,15 +1,17 @@
-"""The margin of level 2: how far another implementation's scores are from the exact ones."""
+"""The margin of level 2, measured on another implementation, and what lies beyond it."""
 
 import numpy as np
+import pytest
 import torch
 
 from ep_backends.transformers.backend import TransformersBackend
 from ep_backends.transformers.processor import encode
-from ep_conformance.comparison import NOISE_CAP, NOISE_MARGIN, expect
-from ep_conformance.oracle import token_score
+from ep_conformance.comparison import NOISE_CAP, NOISE_MARGIN, Expected, Pruned, expect
+from ep_conformance.oracle import OracleResult, token_score
 from ep_conformance.test_engine import CASES, contents
 from ep_core import demo
-from ep_core.backend import Request
+from ep_core.backend import Answer, Request
+from ep_core.report import SpanRecord
 
 SCORED = [case for case in CASES if case.method != "set-entropy" and any(case.pictures)]
 
@@ -48,3 +50,15 @@ def test_the_margin_covers_another_implementation_and_the_cap_is_above_it(worksh
     )
     assert ratio < NOISE_MARGIN
     assert share < NOISE_CAP
+
+
+def test_the_picture_that_differs_is_blamed(monkeypatch):
+    same, other = tuple(range(20)), (*range(19), 20)
+    spans = [(0, 40), (40, 80)]
+    oracle = OracleResult([], spans, [list(same)] * 2, None, [], torch.empty(0), (80, 40))
+    monkeypatch.setattr(Expected, "_run", lambda *_: oracle)
+    right = Expected(demo.MODEL, Request(()), Pruned(2, 20, "set-entropy"))
+    kept = zip(spans, (same, other), strict=True)
+    records = tuple(SpanRecord(*span, own) for span, own in kept)
+    with pytest.raises(AssertionError, match=r"^picture 1: kept .*a set selection in float32"):
+        right.check(Answer((), "", 80, records, None, None))
