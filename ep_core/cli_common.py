@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from ep_core.adapter import ModelAdapter
 from ep_core.backend import DTYPES, Answer, Backend
@@ -59,6 +60,11 @@ class OutputType(click.Path):
         return path
 
 
+def default_device() -> str:
+    """Where a model runs unless the user says otherwise."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 model_option = click.option(
     "--model",
     required=True,
@@ -69,7 +75,10 @@ backend_option = click.option(
     "--backend", default="transformers", show_default=True, help="Engine; see `entropyprune list`."
 )
 device_option = click.option(
-    "--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"])
+    "--device",
+    default=default_device,
+    show_default="cuda where there is one, else cpu",
+    type=click.Choice(["cpu", "cuda"]),
 )
 dtype_option = click.option(
     "--dtype",

@@ -35,7 +35,11 @@ def _run(arguments: list[str]) -> int:
         epilog="ep_conformance compare A.json B.json ... sets recordings beside each other.",
     )
     parser.add_argument("--backend", required=True, help="name, as in `entropyprune list`")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="default: cuda where there is one and the backend runs there, else cpu",
+    )
     parser.add_argument(
         "--level", default="1,2,3", help="levels to run, separated by commas (default: all)"
     )
@@ -62,14 +66,14 @@ def _run(arguments: list[str]) -> int:
     except EntropyPruneError as error:
         parser.error(str(error))
     here = Path(__file__).parent
-    passed_on = {"--record": options.record, "--expected-failures": options.expected_failures}
+    files = {"--record": options.record, "--expected-failures": options.expected_failures}
     return pytest.main(
         [
             f"--config-file={here / 'pytest.ini'}",
             f"--rootdir={here}",
             f"--backend={options.backend}",
-            f"--device={options.device}",
-            *(f"{name}={path.resolve()}" for name, path in passed_on.items() if path),
+            *([f"--device={options.device}"] if options.device else []),
+            *(f"{name}={path.resolve()}" for name, path in files.items() if path),
             *(str(here / name) for name in options.test or [LEVELS[level] for level in levels]),
         ]
     )

@@ -73,14 +73,14 @@ KEY = pytest.StashKey[Run]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What `python -m ep_conformance` passes on."""
     parser.addoption("--backend", required=True)
-    parser.addoption("--device", default="cpu")
+    parser.addoption("--device")
     parser.addoption("--record", type=Path)
     parser.addoption("--expected-failures", type=Path)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Load the backend and the expected failures; declare the suite's markers."""
-    name, device = config.getoption("--backend"), config.getoption("--device")
+    name = config.getoption("--backend")
     failures = config.getoption("--expected-failures")
     try:
         backend = registry().backend(name).load()
@@ -89,6 +89,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"backend {name!r} is not installed here: {error}") from None
     except (EntropyPruneError, OSError, ValueError) as error:
         raise pytest.UsageError(str(error)) from None
+    device = config.getoption("--device") or _default_device(backend)
     recording = Recording(Conditions.of(name, backend, device))
     config.stash[KEY] = Run(name, backend, device, recording, expected)
     config.addinivalue_line("markers", "needs(capability): skip without the capability")
@@ -163,6 +164,11 @@ def pytest_terminal_summary(
         terminalreporter.section("expected failures that are stale", red=True)
         for line in lines:
             terminalreporter.line(line)
+
+
+def _default_device(backend: Backend) -> str:
+    """On a device that the backend does not claim, every test would be skipped."""
+    return "cuda" if backend.capabilities.cuda and torch.cuda.is_available() else "cpu"
 
 
 def _stale(config: pytest.Config) -> list[str]:

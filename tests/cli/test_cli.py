@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from ep_backends.transformers.backend import TransformersBackend
 from ep_core import cli, demo
 from ep_core.ecl import EntropyProfile
+from ep_core.errors import EntropyPruneError
 
 PICTURE = demo.PICTURES / "sample_00.png"
 SECOND = demo.PICTURES / "sample_01.png"
@@ -114,6 +117,26 @@ def test_layer_auto_is_settled_by_the_adapter(entropyprune):
         *run_demo("--policy", "layer=auto,keep=12", "--json", "--max-new-tokens", 2)
     )
     assert json.loads(out)["policy"] == "layer=1,keep=12,method=released"
+
+
+@pytest.mark.parametrize(
+    ("there", "given", "device"),
+    [(True, [], "cuda"), (False, [], "cpu"), (True, ["--device", "cpu"], "cpu")],
+)
+def test_the_device_is_cuda_where_there_is_one(entropyprune, monkeypatch, there, given, device):
+    def refuse(*_, device, **__):
+        raise EntropyPruneError(f"opened on {device}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(TransformersBackend, "open", refuse)
+    status, _, err = entropyprune(*run_demo(*given))
+    assert (status, err) == (2, f"entropyprune: error: opened on {device}\n")
+
+
+def test_help_says_which_device_is_the_default(entropyprune):
+    status, out, _ = entropyprune("run", "--help")
+    assert status == 0
+    assert "cuda where there is one, else cpu" in " ".join(out.split())
 
 
 def test_compare_shows_both_sides(entropyprune):

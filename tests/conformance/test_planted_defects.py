@@ -294,7 +294,8 @@ def run(
         monkeypatch.setattr(module, "registry", lambda: registry)
     path = folder / "recording.json"
     with planted(backend.defect):
-        status = suite.main(["--backend", "broken", "--record", str(path), *choice])
+        asked = ("--backend", "broken", "--device", "cpu", "--record", str(path))
+        status = suite.main([*asked, *choice])
     outcomes = {name: each.outcome for name, each in Recording.read(path).outcomes.items()}
     assert status == int("failed" in outcomes.values())
     return outcomes

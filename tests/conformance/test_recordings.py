@@ -4,10 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 import ep_conformance.__main__ as suite
+from ep_backends.transformers.backend import TransformersBackend
 from ep_conformance.recording import Recording
 
+ON_THE_CPU = ("--backend", "transformers", "--device", "cpu")
 SELECTION = "test_selection.py::test_kept_indices"
 ENGINE = "test_engine.py::test_engine_matches_oracle"
 TIES, CLOSE = f"{SELECTION}[identical-patches-rows]", f"{SELECTION}[close-calls-rows]"
@@ -15,7 +18,7 @@ SETS = f"{ENGINE}[qwen-gqa-1pictures-layer=2,keep=0.3,method=released]"
 
 
 def record(path, *choice):
-    status = suite.main(["--backend", "transformers", "--record", str(path), *choice])
+    status = suite.main([*ON_THE_CPU, "--record", str(path), *choice])
     return status, Recording.read(path)
 
 
@@ -61,6 +64,21 @@ def test_skips_and_conditions_are_told(capfd, monkeypatch, tmp_path):
     assert "environment: ENTROPYPRUNE_BLOCK=" in out
     assert "attention: sdpa, dtype: float32" in out
     assert "no capability 'chunked_prefill'\n  test_serving.py::test_chunked_as_whole" in out
+
+
+@pytest.mark.parametrize(
+    ("there", "claimed", "device"),
+    [(True, True, "cuda"), (True, False, "cpu"), (False, True, "cpu")],
+)
+def test_the_device_is_cuda_where_there_is_one(there, claimed, device, monkeypatch, tmp_path):
+    able = replace(TransformersBackend.capabilities, cuda=claimed)
+    monkeypatch.setattr(TransformersBackend, "capabilities", able)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    path = tmp_path / "a.json"
+    skipped = "test_serving.py::test_chunked_as_whole"
+    suite.main(["--backend", "transformers", "--record", str(path), "--test", skipped])
+    assert Recording.read(path).conditions.device == device
 
 
 def test_equal_recordings_do_not_differ(recorded, tmp_path, capsys):
@@ -144,6 +162,6 @@ def test_expected_failures_do_not_go_stale(line, status, message, tmp_path, capf
     path = tmp_path / "failures.txt"
     path.write_text(line)
     choice = ["--level", "1", "--expected-failures", str(path)]
-    assert suite.main(["--backend", "transformers", *choice]) == status
+    assert suite.main([*ON_THE_CPU, *choice]) == status
     captured = capfd.readouterr()
     assert message in captured.out + captured.err
