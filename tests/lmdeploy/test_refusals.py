@@ -6,11 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import ep_backends.lmdeploy
 from ep_backends.lmdeploy import ledger
+from ep_backends.lmdeploy.backend import LMDeployBackend
 from ep_conformance.checkpoints import tiny_llava, tiny_qwen2_5_vl
 from ep_core.errors import UnsupportedError
 
@@ -57,6 +60,26 @@ def test_every_refused_argument_is_tested_and_exists():
 
     assert set(ledger._ARGUMENTS) <= set(REFUSED)
     assert {field.name for field in dataclasses.fields(PytorchEngineConfig)} >= set(REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("there", "device", "message"),
+    [
+        ("cuda", "cpu", "runs on cuda only, not on device 'cpu'; give --device cuda"),
+        ("cpu", "cuda", "runs on cpu only, not on device 'cuda'; give --device cpu"),
+        ("none", "cpu", "there is no CUDA device here"),
+        ("none", "cuda", "there is no CUDA device here"),
+    ],
+)
+def test_another_device_is_refused_with_the_one_to_give(model, monkeypatch, there, device, message):
+    def empty(*_, **__):
+        if there == "none":
+            raise RuntimeError("no driver")
+        return SimpleNamespace(device=SimpleNamespace(type=there))
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(UnsupportedError, match=message):
+        LMDeployBackend().open(model, None, device=device)
 
 
 # LMDeploy's own checks come first, or it switches the thing off by itself

@@ -129,8 +129,8 @@ class LMDeploySession:
     ) -> None:
         config = read_config(model)
         adapter = registry().adapter(config["model_type"])
-        check_placement(device, dtype)
         _check_device(device)
+        check_placement(device, dtype)
         if device == "cuda" and dtype == "float32":
             raise UnsupportedError("LMDeploy runs in bfloat16 or float16; leave dtype out")
         from lmdeploy import PytorchEngineConfig, pipeline
@@ -321,7 +321,7 @@ def _check_device(device: str) -> None:
     """Refuse a device that is not where LMDeploy's CUDA tensors go.
 
     Raises:
-        UnsupportedError: LMDeploy runs on CUDA only, and there is none.
+        UnsupportedError: with the device to give instead, or that there is none.
     """
     import lmdeploy  # noqa: F401 # a stand-in for the device layer comes with it
 
@@ -329,7 +329,9 @@ def _check_device(device: str) -> None:
         place = torch.empty(0, device="cuda").device.type
     except (RuntimeError, AssertionError):
         place = "none"
+    if place == "none":
+        raise UnsupportedError("LMDeploy runs on CUDA only, and there is no CUDA device here")
     if place != device.partition(":")[0]:
         raise UnsupportedError(
-            f"LMDeploy runs on CUDA only, so device {device!r} is not available here"
+            f"LMDeploy runs on {place} only, not on device {device!r}; give --device {place}"
         )
