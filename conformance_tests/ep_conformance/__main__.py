@@ -11,12 +11,18 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
-
 from ep_conformance.compare import compare, matrix
 from ep_conformance.recording import Recording
 from ep_core.errors import EntropyPruneError
 from ep_core.plugins import registry
+
+try:
+    import pytest
+except ImportError as error:  # one line instead of a traceback for a bare installation
+    sys.exit(
+        f"ep_conformance: error: the suite needs {error.name}; "
+        "run pip install 'entropyprune[conformance]'"
+    )
 
 LEVELS = {"1": "test_selection.py", "2": "test_engine.py", "3": "test_serving.py"}
 MARKS = ("<!-- support matrix: make conformance -->\n", "<!-- end of the support matrix -->")

@@ -1,6 +1,8 @@
 """The suite's command line: what it records, expects to fail, compares and shows."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -165,3 +167,17 @@ def test_expected_failures_do_not_go_stale(line, status, message, tmp_path, capf
     assert suite.main([*ON_THE_CPU, *choice]) == status
     captured = capfd.readouterr()
     assert message in captured.out + captured.err
+
+
+def test_without_pytest_it_says_what_to_install():
+    code = """
+import runpy, sys
+sys.modules["pytest"] = None
+runpy.run_module("ep_conformance", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "ep_conformance: error: the suite needs pytest; "
+        "run pip install 'entropyprune[conformance]'\n"
+    )
