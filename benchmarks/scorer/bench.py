@@ -208,10 +208,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=output, help="write OUT.json and OUT.md")
     args = parser.parse_args()
+    found = kernels.describe("cpu")
+    if found.startswith("torch"):
+        parser.error(f"there are no fused kernels to measure; the CPU takes {found}")
     torch.set_num_threads(args.threads)
     result: dict[str, Any] = {
         **environment(["torch", "numpy"]),
-        "kernels": kernels.describe("cpu").partition(" (")[0],
+        "kernels": found.partition(" (")[0],
         "heads": args.heads,
         "width": args.width,
         "rounds": args.rounds,
