@@ -7,7 +7,12 @@ import torch
 
 from ep_core import EntropyPruneError, SpanInputs
 from ep_core.plugins import registry
-from ep_peers import visionzip
+from ep_peers import entropyprune_selectors, visionzip
+
+from ..host_sync import NoWaiting  # noqa: TID252 # tests are no installed package
+
+# random needs a seed on the host, and what VisionZip reads is there before
+ON_THE_DEVICE = {each.name for each in entropyprune_selectors()} - {"random", "visionzip-style"}
 
 
 def kept(method, k, **inputs):
@@ -133,3 +138,14 @@ def test_visionzip_takes_what_the_tower_looked_at():
             kept("visionzip-style", 2, hidden=torch.zeros(5, 1))
     with pytest.raises(EntropyPruneError, match="say which picture"):
         kept("visionzip-style", 2, hidden=torch.zeros(4, 1))
+
+
+@pytest.mark.parametrize("method", sorted(ON_THE_DEVICE))
+def test_no_choice_waits_for_the_device(method):
+    with NoWaiting(), torch.device("meta"):
+        inputs = SpanInputs(
+            queries=torch.empty(30, 4, 8, dtype=torch.bfloat16),
+            hidden=torch.empty(30, 32, dtype=torch.bfloat16),
+            attention=torch.empty(4, 6, 30, dtype=torch.bfloat16),
+        )
+        assert registry().selector(method)(inputs, 12).shape == (12,)

@@ -10,6 +10,7 @@ from ep_core.selectors import Need, Selector, SpanInputs, top_k
 def random(inputs: SpanInputs, k: int) -> torch.Tensor:
     """A random subset that depends on the span alone, as a cached prefix needs it."""
     assert inputs.hidden is not None
+    # the generator's seed is a number on the host: on a GPU this waits, so time no method by it
     seed = int(inputs.hidden.double().sum().view(torch.int64)) & (2**63 - 1)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(inputs.hidden), generator=generator)

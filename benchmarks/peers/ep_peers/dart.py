@@ -21,9 +21,9 @@ def select(inputs: SpanInputs, k: int) -> torch.Tensor:
     pivots = min(PIVOTS, k)
     taken = top_k(inputs.queries.double().flatten(1).abs().sum(dim=1), pivots)
     cosine = cosine_gram(inputs.hidden).nan_to_num(1.0)  # no direction: a repetition of everything
-    for i in range(pivots):
+    for i, row in enumerate(cosine[taken]):
         share = (k - pivots) * (i + 1) // pivots - (k - pivots) * i // pivots
-        novelty = (-cosine[taken[i]]).index_fill(0, taken, -torch.inf)
+        novelty = (-row).index_fill(0, taken, -torch.inf)
         taken = torch.cat((taken, top_k(novelty, share)))
     return taken.sort().values
 

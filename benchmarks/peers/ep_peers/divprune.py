@@ -16,13 +16,13 @@ def select(inputs: SpanInputs, k: int) -> torch.Tensor:
     assert inputs.hidden is not None
     distance = 1 - cosine_gram(inputs.hidden).nan_to_num(1.0)
     others = distance.clone().fill_diagonal_(torch.inf)
-    kept = [others.min(dim=1).values.argmax()]
-    nearest = distance[kept[0]]
+    kept = others.min(dim=1).values.argmax()[None]
+    nearest = distance.index_select(0, kept).squeeze(0)  # distance[kept] would make a GPU wait
     for _ in range(k - 1):
-        nearest = nearest.index_fill(0, torch.stack(kept), -torch.inf)
-        kept.append(nearest.argmax())
-        nearest = torch.minimum(nearest, distance[kept[-1]])
-    return torch.stack(kept).sort().values
+        best = nearest.index_fill(0, kept, -torch.inf).argmax()[None]
+        nearest = torch.minimum(nearest, distance.index_select(0, best).squeeze(0))
+        kept = torch.cat((kept, best))
+    return kept.sort().values
 
 
 SELECTOR = Selector(

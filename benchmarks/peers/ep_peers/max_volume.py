@@ -25,7 +25,8 @@ def select(inputs: SpanInputs, k: int) -> torch.Tensor:
     for step in range(k):
         best = residual.argmax()
         kept[step] = best
-        row = rows[best] - basis.mT @ (basis @ rows[best])
+        row = rows.index_select(0, best[None]).squeeze(0)  # rows[best] would make a GPU wait
+        row = row - basis.mT @ (basis @ row)
         basis[step] = row / row.norm().clamp_min(torch.finfo(row.dtype).tiny)
         residual = (residual - (rows @ basis[step]).square()).clamp_min(0)
         residual = residual.index_fill(0, kept[: step + 1], -1)
