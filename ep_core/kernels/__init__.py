@@ -36,13 +36,17 @@ class Kernels:
 
     Attributes:
         name: for people, such as "C++ for AVX-512".
-        matrix_entropy: `([N, H, D] queries, normalize) -> [N]` float32 scores.
-        greedy_renyi2: `([N, N] float32 cosine Gram matrix, k) -> [k]` ascending int64 indices.
+        matrix_entropy: `([N, H, D] queries, normalize) -> [N]` float32 scores; None: use torch.
+        greedy_renyi2: `([N, N] float32 cosine Gram matrix, k) -> [k]` ascending int64 indices;
+            None: use torch.
+        failures: tries usual sizes, where kernels have to prove themselves, and says for people
+            which fail and why.
     """
 
     name: str
-    matrix_entropy: Callable[[torch.Tensor, str], torch.Tensor]
-    greedy_renyi2: Callable[[torch.Tensor, int], torch.Tensor]
+    matrix_entropy: Callable[[torch.Tensor, str], torch.Tensor | None]
+    greedy_renyi2: Callable[[torch.Tensor, int], torch.Tensor | None]
+    failures: Callable[[], list[str]] = list
 
 
 def matrix_entropy(q: torch.Tensor, normalize: str) -> torch.Tensor | None:
@@ -65,11 +69,13 @@ def greedy_renyi2(gram: torch.Tensor, k: int) -> torch.Tensor | None:
 def describe(device_type: str) -> str:
     """Which path a type of device takes, and why, for people."""
     try:
-        name = _load(device_type).name
+        found = _load(device_type)
     except Unavailable as reason:
         return f"torch ({reason})"
+    if failed := found.failures():
+        return f"torch in part ({'; '.join(failed)}), else {found.name}"
     return (
-        f"{name} (bfloat16, float16 and float32 with up to {MAX_HEADS} heads of width "
+        f"{found.name} (bfloat16, float16 and float32 with up to {MAX_HEADS} heads of width "
         f"{MAX_HEAD_DIM}; torch for others)"
     )
 

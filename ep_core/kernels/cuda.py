@@ -1,17 +1,31 @@
-"""The Triton kernels, once they have shown on this device that they agree with torch."""
+"""The Triton kernels, each in the sizes in which it has agreed with torch on this device.
+
+Triton compiles a kernel once more for every size, with other needs of registers and shared memory;
+what one size has shown says little of the next.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from textwrap import shorten
+from typing import Any
+
 import torch
 
-from ep_core.kernels import Kernels, Unavailable
+from ep_core.kernels import Kernels, Unavailable, logger
+
+BOUND = 1e-5  # of a score's error, docs/kernels.md
+
+Kernel = Callable[[torch.Tensor, Any], torch.Tensor]
 
 
 def load() -> Kernels:
-    """The kernels for CUDA devices; compiles them and compares small answers, which takes seconds.
+    """The kernels for CUDA devices; a size is compiled and checked when it is first asked for.
 
     Raises:
-        Unavailable: there is no Triton or no device, or the kernels fail or disagree there.
+        Unavailable: there is no Triton or no device.
     """
     if not torch.cuda.is_available():
         raise Unavailable("no CUDA device")
@@ -21,31 +35,146 @@ def load() -> Kernels:
         from ep_core.kernels import triton_greedy, triton_scorer
     except ImportError as error:
         raise Unavailable(f"no {error.name}") from None
-    kernels = Kernels(
-        f"Triton {triton.__version__}", triton_scorer.matrix_entropy, triton_greedy.greedy_renyi2
+    score, select = triton_scorer.matrix_entropy, triton_greedy.greedy_renyi2
+    return Kernels(
+        f"Triton {triton.__version__}, each size checked at its first use",
+        proven(score, ScorerSize.of),
+        proven(select, GreedySize.of),
+        lambda: failures(score, select, torch.device("cuda")),
     )
-    try:
-        agrees = agree(kernels, torch.device("cuda"))
-    except Exception as error:  # a compiler can raise anything
-        raise Unavailable(f"Triton {triton.__version__} failed: {error}") from error
-    if not agrees:
-        raise Unavailable(f"Triton {triton.__version__} gave other answers than torch")
-    return kernels
 
 
-def agree(kernels: Kernels, device: torch.device) -> bool:
-    """Do they answer as torch does, on queries and hidden states of a usual size?"""
-    from ep_core.entropy import cosine_gram, matrix_entropy
-    from ep_core.selectors import greedy_renyi2_torch
+@dataclass(frozen=True)
+class ScorerSize:
+    """What the scorer is compiled for. Strides too select a compilation, but only of its loads."""
 
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(16, 32, 128, generator=generator).to(device, torch.bfloat16)
-    few = q[:4]
-    scores = [
-        (kernels.matrix_entropy(few, how), matrix_entropy(few, how, dtype=torch.float64))
-        for how in ("rows", "trace")
+    device: torch.device
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    normalize: Any
+
+    @classmethod
+    def of(cls, q: torch.Tensor, normalize: str) -> ScorerSize:
+        """The size of `[N, H, D]` queries."""
+        return cls(q.device, q.shape[1], q.shape[2], q.dtype, normalize)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.heads} heads of width {self.head_dim} in {dtype}, {self.normalize!r}"
+
+    def check(self, kernel: Kernel) -> None:
+        """Score four tokens; raises what the kernel raises, and ArithmeticError if it is wrong."""
+        from ep_core.entropy import matrix_entropy
+
+        # on the CPU, which takes little of a full device's memory and trusts nothing there
+        q = _random(4, self.heads, self.head_dim)
+        degree = torch.linspace(-2, 2, self.heads, dtype=torch.float32, device="cpu")[:, None]
+        q[1] += degree * q[0, 0]  # a direction that heads share
+        q[2] = 0
+        q[3, -1, -1] = math.nan
+        q = q.to(self.dtype)
+        expected = matrix_entropy(q, self.normalize, dtype=torch.float64).double()
+        bound = torch.full_like(expected, BOUND)
+        if self.normalize == "none":
+            x = q.double() - q.double().mean(dim=1, keepdim=True)
+            trace = x.square().sum(dim=(1, 2)) / self.heads
+            bound *= torch.maximum(expected.abs(), trace / math.log(self.heads))
+        scores = kernel(q.to(self.device), self.normalize).to("cpu", torch.float64)
+        # equal covers -inf
+        if not bool(((scores == expected) | ((scores - expected).abs() <= bound)).all()):
+            raise ArithmeticError("other scores than torch's")
+
+
+@dataclass(frozen=True)
+class GreedySize:
+    """What the greedy set is compiled for: N up to a power of two, and aligned rows or not."""
+
+    device: torch.device
+    block: int
+    aligned: bool
+
+    @classmethod
+    def of(cls, gram: torch.Tensor, _k: int) -> GreedySize:
+        """The size of an `[N, N]` Gram matrix."""
+        n = len(gram)
+        return cls(gram.device, max(16, 1 << (n - 1).bit_length()), n % 16 == 0)
+
+    @property
+    def tokens(self) -> int:
+        """The smallest N of this size, or one near it."""
+        return min(self.block, self.block // 2 + (16 if self.aligned else 1))
+
+    def __str__(self) -> str:
+        rows = "aligned" if self.aligned else "unaligned"
+        return f"a greedy set of at most {self.block} tokens, {rows} rows"
+
+    def check(self, kernel: Kernel) -> None:
+        """Pick a few tokens; raises what the kernel raises, and ArithmeticError if it is wrong."""
+        from ep_core.entropy import cosine_gram
+        from ep_core.selectors import greedy_renyi2_torch
+
+        n = self.tokens
+        hidden = _random(n, 24)
+        hidden[1::2] = hidden[:-1:2].clone()  # every pick is a tie of two neighbours
+        hidden[n // 2] = math.nan
+        gram = cosine_gram(hidden)
+        k = min(16, n // 2)
+        if not torch.equal(kernel(gram.to(self.device), k).cpu(), greedy_renyi2_torch(gram, k)):
+            raise ArithmeticError("other picks than torch's")
+
+
+Size = ScorerSize | GreedySize
+
+
+def proven(
+    kernel: Kernel, size_of: Callable[[torch.Tensor, Any], Size]
+) -> Callable[[torch.Tensor, Any], torch.Tensor | None]:
+    """The kernel where it can be trusted, None (use torch) where it failed once.
+
+    A size is checked when it is first asked for, which waits for the compiler and the device. One
+    log line says which size fails and why.
+    """
+    usable: dict[Size, bool] = {}
+
+    def answer(x: torch.Tensor, option: Any) -> torch.Tensor | None:
+        size = size_of(x, option)
+        if not usable.get(size, True):
+            return None
+        try:
+            if size not in usable:
+                size.check(kernel)
+                usable[size] = True
+            return kernel(x, option)
+        except Exception as error:  # a compiler can raise anything, and again at other strides
+            usable[size] = False
+            why = _line(error)
+            logger.warning("%s: torch instead of a fused kernel for %s: %s", x.device, size, why)
+            return None
+
+    return answer
+
+
+def failures(score: Kernel, select: Kernel, device: torch.device) -> list[str]:
+    """Which of the usual sizes fail on a device and why, for people."""
+    usual: list[tuple[Kernel, Size]] = [
+        (score, ScorerSize(device, 32, 128, torch.bfloat16, "rows")),
+        (select, GreedySize(device, 1024, True)),
     ]
-    gram = cosine_gram(q.flatten(1))
-    return all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in scores) and torch.equal(
-        kernels.greedy_renyi2(gram, 8), greedy_renyi2_torch(gram, 8)
-    )
+    found = []
+    for kernel, size in usual:
+        try:
+            size.check(kernel)
+        except Exception as error:  # see above
+            found.append(f"{size}: {_line(error)}")
+    return found
+
+
+def _random(*shape: int) -> torch.Tensor:
+    """Explicit in all that a host may have set otherwise."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def _line(error: Exception) -> str:
+    return shorten(f"{type(error).__name__}: {error}", 200)

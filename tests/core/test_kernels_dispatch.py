@@ -4,15 +4,17 @@ import logging
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ep_core import kernels
-from ep_core.entropy import matrix_entropy
+from ep_core.entropy import cosine_gram, matrix_entropy
 from ep_core.errors import EntropyPruneError
-from ep_core.kernels import Kernels, Unavailable, build, cpu
-from ep_core.selectors import greedy_renyi2
+from ep_core.kernels import Kernels, Unavailable, build, cpu, cuda
+from ep_core.selectors import greedy_renyi2, greedy_renyi2_torch
 
 Q = torch.randn(20, 8, 16, generator=torch.Generator().manual_seed(0))
 MARK = torch.full((20,), 7.0)
@@ -118,6 +120,129 @@ def test_an_unknown_setting_of_the_switch_is_an_error(monkeypatch):
 def test_without_a_cuda_device_doctor_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert kernels.describe("cuda") == "torch (no CUDA device)"
+
+
+class Fake:
+    """Kernels of a GPU that are right but where a test says otherwise."""
+
+    def __init__(self):
+        self.scored = []
+        self.picked = []
+        self.fault = lambda x: None
+
+    def score(self, q, normalize):
+        self.scored.append(tuple(q.shape))
+        self.fault(q)
+        return matrix_entropy(q, normalize, dtype=torch.float64)
+
+    def pick(self, gram, k):
+        self.picked.append(len(gram))
+        wrong = self.fault(gram)
+        return torch.arange(k) if wrong else greedy_renyi2_torch(gram, k)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """They are found by `cuda.load`, and asked for tensors on the CPU."""
+    fake = Fake()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="0.0"))
+    for name, functions in {
+        "triton_scorer": SimpleNamespace(matrix_entropy=fake.score),
+        "triton_greedy": SimpleNamespace(greedy_renyi2=fake.pick),
+    }.items():
+        monkeypatch.setitem(sys.modules, f"ep_core.kernels.{name}", functions)
+        monkeypatch.setattr(kernels, name, functions, raising=False)
+    monkeypatch.setitem(kernels._found, "cpu", cuda.load())
+    return fake
+
+
+def states(n):
+    return torch.randn(n, 24, generator=torch.Generator().manual_seed(n))
+
+
+def test_a_set_that_is_wrong_at_one_size_only_is_noticed_there(fake, caplog):
+    fake.fault = lambda gram: len(gram) > 512
+    greedy_renyi2(states(16), 4)
+    assert fake.picked == [16, 16], "checked, then used"
+    expected = greedy_renyi2_torch(cosine_gram(states(576)), 64)
+    assert expected.tolist() != list(range(64))
+    for _ in range(2):
+        assert torch.equal(greedy_renyi2(states(576), 64), expected)
+    assert fake.picked == [16, 16, 528], "checked once, not used"
+    greedy_renyi2(states(16), 4)
+    assert fake.picked[3:] == [16], "used on"
+    (line,) = caplog.messages
+    assert line == (
+        "cpu: torch instead of a fused kernel for a greedy set of at most 1024 tokens, aligned "
+        "rows: ArithmeticError: other picks than torch's"
+    )
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 33, 64, 576, 577, 1024, 1025])
+def test_a_set_is_checked_in_its_own_block(fake, n):
+    greedy_renyi2(states(n), 1)
+    tried, used = fake.picked
+    assert used == n
+    assert (tried % 16 == 0) == (n % 16 == 0)
+    assert max(16, 1 << (tried - 1).bit_length()) == max(16, 1 << (n - 1).bit_length())
+
+
+def test_a_scorer_that_cannot_be_compiled_at_a_size_leaves_that_size_to_torch(fake, caplog):
+    def fault(q):
+        if q.shape[1] != 32:
+            raise RuntimeError("out of resource: shared memory,\nRequired: 1, Hardware limit: 0")
+
+    fake.fault = fault
+    for heads in (28, 32, 28, 32):
+        q = torch.randn(5, heads, 16, generator=torch.Generator().manual_seed(heads))
+        expected = matrix_entropy(q, dtype=torch.float64)
+        torch.testing.assert_close(matrix_entropy(q), expected, atol=1e-5, rtol=0)
+    assert fake.scored == [(4, 28, 16), (4, 32, 16), (5, 32, 16), (5, 32, 16)]
+    (line,) = caplog.messages
+    assert line == (
+        "cpu: torch instead of a fused kernel for 28 heads of width 16 in float32, 'rows': "
+        "RuntimeError: out of resource: shared memory, Required: 1, Hardware limit: 0"
+    )
+
+
+def test_each_dtype_and_normalisation_is_checked_once(fake):
+    for _ in range(2):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for normalize in ("rows", "none", "trace"):
+                matrix_entropy(Q.to(dtype), normalize)
+    assert fake.scored.count((4, 8, 16)) == 9
+    assert fake.scored.count(tuple(Q.shape)) == 18
+
+
+def test_a_checked_kernel_that_fails_at_other_strides_is_not_used_again(fake, caplog):
+    def fault(q):
+        if q.stride(2) != 1:
+            raise RuntimeError("no registers")
+
+    fake.fault = fault
+    matrix_entropy(Q)
+    used = len(fake.scored)
+    strided = Q.mT.contiguous().mT
+    for _ in range(2):
+        torch.testing.assert_close(matrix_entropy(strided), matrix_entropy(Q), atol=1e-5, rtol=0)
+    assert len(fake.scored) == used + 1
+    (line,) = caplog.messages
+    assert "no registers" in line
+
+
+def test_doctor_tries_usual_sizes(fake, monkeypatch, caplog):
+    found = cuda.load()
+    on_cpu = replace(found, failures=lambda: cuda.failures(fake.score, fake.pick, Q.device))
+    monkeypatch.setattr(cuda, "load", lambda: on_cpu)
+    checked = "Triton 0.0, each size checked at its first use"
+    assert kernels.describe("cuda").startswith(f"{checked} (bfloat16, float16 and float32")
+    fake.fault = lambda x: x.ndim == 2
+    assert kernels.describe("cuda") == (
+        "torch in part (a greedy set of at most 1024 tokens, aligned rows: ArithmeticError: other "
+        f"picks than torch's), else {checked}"
+    )
+    assert not caplog.messages
 
 
 def test_importing_the_package_loads_no_kernel():

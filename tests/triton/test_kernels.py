@@ -9,15 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton comes with the engines' environments")
 
+import triton
+
 from ep_conformance.selection_cases import stored_cases, stored_tensors
 from ep_core.entropy import NORMALIZATIONS, cosine_gram, matrix_entropy
-from ep_core.kernels import Kernels, cuda
+from ep_core.kernels import cuda
 from ep_core.kernels.triton_greedy import greedy_renyi2
 from ep_core.kernels.triton_scorer import matrix_entropy as fused
 from ep_core.selectors import greedy_renyi2_torch, top_k
@@ -130,14 +131,34 @@ def test_greedy_picks_are_the_torch_paths(n):
         assert torch.equal(greedy_renyi2(gram, k), greedy_renyi2_torch(gram, k)), f"k={k}"
 
 
-def test_the_check_before_first_use_accepts_these_kernels_and_no_worse_ones():
-    cpu = torch.device("cpu")
-    assert cuda.agree(Kernels("good", fused, greedy_renyi2), cpu)
-    assert not cuda.agree(Kernels("off", lambda q, n: fused(q, n) + 2e-5, greedy_renyi2), cpu)
-    nan = Kernels("nan", lambda q, n: fused(q, n) * np.nan, greedy_renyi2)
-    assert not cuda.agree(nan, cpu)
-    first = Kernels("first", fused, lambda gram, k: torch.arange(k))
-    assert not cuda.agree(first, cpu)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype"),
+    [(28, 80, torch.float16), (32, 128, torch.bfloat16), (64, 40, torch.float32)],
+)
+def test_the_check_of_a_size_accepts_the_scorer_and_no_worse_one(heads, head_dim, dtype, normalize):
+    size = cuda.ScorerSize(torch.device("cpu"), heads, head_dim, dtype, normalize)
+    right = []
+    size.check(lambda q, how: right.append(fused(q, how)) or right[0])
+    scores = right[0]
+    for worse in (scores + 2e-5 * scores.abs().clamp_min(1), scores.abs(), scores * math.nan):
+        with pytest.raises(ArithmeticError):
+            size.check(lambda q, how, worse=worse: worse)
+
+
+@pytest.mark.parametrize("n", [9, 16, 17, 32, 600, 1000])
+def test_the_check_of_a_block_accepts_the_greedy_set_and_no_other(n):
+    size = cuda.GreedySize.of(torch.empty(n, 0), 1)
+    assert size.block == max(16, triton.next_power_of_2(n)), "not what is compiled"
+    size.check(greedy_renyi2)
+    for worse in (
+        lambda gram, k: torch.arange(k),
+        lambda gram, k: greedy_renyi2(gram.nan_to_num(), k),
+        lambda gram, k: (len(gram) - 1 - greedy_renyi2(gram.flip(0, 1), k)).flip(0),
+    ):
+        with pytest.raises(ArithmeticError):
+            size.check(worse)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
