@@ -17,7 +17,7 @@ def select(inputs: SpanInputs, k: int) -> torch.Tensor:
     distance = 1 - cosine_gram(inputs.hidden).nan_to_num(1.0)
     others = distance.clone().fill_diagonal_(torch.inf)
     kept = others.min(dim=1).values.argmax()[None]
-    nearest = distance.index_select(0, kept).squeeze(0)  # distance[kept] would make a GPU wait
+    nearest = distance.index_select(0, kept).squeeze(0)  # by a 0-dim index a GPU waits
     for _ in range(k - 1):
         best = nearest.index_fill(0, kept, -torch.inf).argmax()[None]
         nearest = torch.minimum(nearest, distance.index_select(0, best).squeeze(0))
