@@ -20,7 +20,7 @@ Normalize = Literal["rows", "none", "trace"]
 NORMALIZATIONS: tuple[Normalize, ...] = ("rows", "none", "trace")
 
 RELEASED_EIGENVALUE_FLOOR = 1e-10
-_GRAM_BLOCK = 96  # rows: large enough for matrix products, small against a picture
+_GRAM_BLOCK = 96  # rows at least: enough for matrix products, few of a picture
 
 
 def matrix_entropy(
@@ -139,15 +139,21 @@ def cosine_gram(hidden: torch.Tensor) -> torch.Tensor:
     """
     x = hidden.double()
     n = x.shape[0]
-    gram = x.new_empty(n, n)
-    for start in range(0, n, _GRAM_BLOCK):  # the lower half; the upper is its mirror image
-        stop = min(start + _GRAM_BLOCK, n)
-        gram[start:stop, :stop] = x[start:stop] @ x[:stop].mT
-    square = gram.diagonal().clone()
-    usable = torch.isfinite(square) & (square >= torch.finfo(torch.float64).tiny)
-    inverse = torch.where(usable, 1 / square.sqrt(), math.nan)
-    lower = (gram * inverse[:, None] * inverse).tril().float()
-    return lower + lower.tril(-1).mT
+    gram = x.new_empty(n, n, dtype=torch.float32)
+    inverse = x.new_empty(n)  # of the norms
+    block = max(_GRAM_BLOCK, n // 8)  # float64 rows at a time: all of them are a lot of memory
+    for start in range(0, n, block):  # the lower half; the upper is its mirror image
+        stop = min(start + block, n)
+        product = x[start:stop] @ x[:stop].mT
+        square = product.diagonal(start)
+        usable = torch.isfinite(square) & (square >= torch.finfo(torch.float64).tiny)
+        inverse[start:stop] = torch.where(usable, 1 / square.sqrt(), math.nan)
+        cosines = (product * inverse[start:stop, None] * inverse[:stop]).float()
+        corner = cosines[:, start:].tril()
+        cosines[:, start:] = corner + corner.tril(-1).mT
+        gram[start:stop, :stop] = cosines
+        gram[:stop, start:stop] = cosines.mT
+    return gram
 
 
 def renyi2_entropy(gram: torch.Tensor) -> float:

@@ -132,15 +132,19 @@ def greedy_renyi2(hidden: torch.Tensor, k: int) -> torch.Tensor:
 
 def greedy_renyi2_torch(gram: torch.Tensor, k: int) -> torch.Tensor:
     """The same from the cosine Gram matrix `[N, N]`, NaN where there is no direction."""
-    # In units of 2^-40 sums of up to 2^13 terms are exact in float64: their order, which differs
-    # between devices, cannot move a pick.
-    similarity = (gram.double().square() * 2**40).round()
-    n = similarity.shape[0]
+
+    def similarity(rows: torch.Tensor) -> torch.Tensor:
+        # In units of 2^-40 sums of up to 2^13 terms are exact in float64: their order, which
+        # differs between devices, cannot move a pick.
+        return (rows.double().square() * 2**40).round().nan_to_num()
+
+    n = gram.shape[0]
     index = torch.arange(n, device=gram.device)
-    unusable = similarity.diagonal().isnan()
-    similarity = similarity.nan_to_num()
-    # picked ranks behind everything, unusable behind every usable token
-    cost = torch.where(unusable, torch.finfo(torch.float64).max, similarity.sum(dim=1))
+    unusable = gram.diagonal().isnan()
+    # picked ranks behind everything, unusable behind every usable token; a few rows at a time,
+    # for all of them in float64 are a lot of memory
+    sums = torch.cat([similarity(rows).sum(dim=1) for rows in torch.split(gram, 1024)])
+    cost = torch.where(unusable, torch.finfo(torch.float64).max, sums)
     kept = torch.empty(k, dtype=torch.int64, device=gram.device)
     picked = torch.zeros(n, dtype=torch.bool, device=gram.device)
     for step in range(k):
@@ -148,7 +152,7 @@ def greedy_renyi2_torch(gram: torch.Tensor, k: int) -> torch.Tensor:
         best = torch.where(cost == cost.min(), index, n).min()  # lowest index, no host sync
         kept[step] = best
         picked = picked | (index == best)
-        joined = similarity.index_select(0, best[None]).squeeze(0)
+        joined = similarity(gram.index_select(0, best[None]).squeeze(0))
         cost = torch.where(unusable, cost, joined if step == 0 else cost + joined)
     return kept.sort().values
 
