@@ -88,33 +88,25 @@ class ScorerSize:
 
 @dataclass(frozen=True)
 class GreedySize:
-    """What the greedy set is compiled for: N up to a power of two, and aligned rows or not."""
+    """What the greedy set is compiled for: N up to a power of two."""
 
     device: torch.device
     block: int
-    aligned: bool
 
     @classmethod
     def of(cls, gram: torch.Tensor, _k: int) -> GreedySize:
         """The size of an `[N, N]` Gram matrix."""
-        n = len(gram)
-        return cls(gram.device, max(16, 1 << (n - 1).bit_length()), n % 16 == 0)
-
-    @property
-    def tokens(self) -> int:
-        """The smallest N of this size, or one near it."""
-        return min(self.block, self.block // 2 + (16 if self.aligned else 1))
+        return cls(gram.device, max(16, 1 << (len(gram) - 1).bit_length()))
 
     def __str__(self) -> str:
-        rows = "aligned" if self.aligned else "unaligned"
-        return f"a greedy set of at most {self.block} tokens, {rows} rows"
+        return f"a greedy set of at most {self.block} tokens"
 
     def check(self, kernel: Kernel) -> None:
         """Pick a few tokens; raises what the kernel raises, and ArithmeticError if it is wrong."""
         from ep_core.entropy import cosine_gram
         from ep_core.selectors import greedy_renyi2_torch
 
-        n = self.tokens
+        n = self.block // 2 + 1  # the smallest of this size
         hidden = _random(n, 24)
         hidden[1::2] = hidden[:-1:2].clone()  # every pick is a tie of two neighbours
         hidden[n // 2] = math.nan
@@ -146,20 +138,24 @@ def proven(
                 size.check(kernel)
                 usable[size] = True
             return kernel(x, option)
+        except torch.OutOfMemoryError:
+            raise  # says nothing of the kernel, and torch would need more
         except Exception as error:  # a compiler can raise anything, and again at other strides
             usable[size] = False
             why = _line(error)
             logger.warning("%s: torch instead of a fused kernel for %s: %s", x.device, size, why)
             return None
 
-    return answer
+    disable: Any = torch.compiler.disable  # a compiled model would trace the check too
+    untraced: Callable[[torch.Tensor, Any], torch.Tensor | None] = disable(answer)
+    return untraced
 
 
 def failures(score: Kernel, select: Kernel, device: torch.device) -> list[str]:
     """Which of the usual sizes fail on a device and why, for people."""
     usual: list[tuple[Kernel, Size]] = [
         (score, ScorerSize(device, 32, 128, torch.bfloat16, "rows")),
-        (select, GreedySize(device, 1024, True)),
+        (select, GreedySize(device, 1024)),
     ]
     found = []
     for kernel, size in usual:

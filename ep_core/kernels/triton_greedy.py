@@ -22,7 +22,9 @@ def greedy_renyi2(gram: torch.Tensor, k: int) -> torch.Tensor:
     block = max(16, triton.next_power_of_2(n))
     with torch.cuda.device_of(gram):  # where Triton launches
         _totals[(n,)](gram, totals, *gram.stride(), n, BLOCK=block)
-        _pick[(1,)](gram, totals, kept, *gram.stride(), n, k, BLOCK=block, num_warps=8)
+        # one program holds every token: more warps, or its registers do not last
+        warps = min(32, max(8, block // 256))
+        _pick[(1,)](gram, totals, kept, *gram.stride(), n, k, BLOCK=block, num_warps=warps)
     return kept.sort().values
 
 
@@ -35,7 +37,7 @@ def _similarity(cosines):
     return tl.where(cosines == cosines, whole, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_stride", "n"])
 def _totals(gram, totals, row_stride, column_stride, n, BLOCK: tl.constexpr):
     """Each token's similarity to all; the largest float64 where it has no direction."""
     i = tl.program_id(0).to(tl.int64)
@@ -46,7 +48,7 @@ def _totals(gram, totals, row_stride, column_stride, n, BLOCK: tl.constexpr):
     tl.store(totals + i, tl.where(own == own, tl.sum(_similarity(row), 0), last))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_stride", "n", "k"])
 def _pick(gram, totals, kept, row_stride, column_stride, n, k, BLOCK: tl.constexpr):
     j = tl.arange(0, BLOCK)
     last = tl.full([BLOCK], 1.7976931348623157e308, tl.float64)
