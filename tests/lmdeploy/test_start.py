@@ -3,6 +3,7 @@
 import pkgutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -60,8 +61,25 @@ def test_attach_point_of_another_version_is_noticed(point, change):
         else:
             patch.setattr(owner, name, lambda self, other: None)
         assert check_point(point).state == "FAILED"
+        start = ep_backends.lmdeploy.activate
+        if point in ledger.IN_WORKERS:
+            start = partial(ledger.check_points, ledger.IN_WORKERS)
         with pytest.raises(UnsupportedError, match=r"does not fit: .* run entropyprune doctor"):
-            ep_backends.lmdeploy.activate()
+            start()
+
+
+def test_activating_leaves_cuda_to_the_workers():
+    """A process that has started CUDA cannot fork ones that use it."""
+    asked = (
+        "import sys, torch, lmdeploy, ep_backends.lmdeploy; seen = []\n"
+        "torch.cuda.get_device_capability = lambda *device: seen.append(device) or (8, 0)\n"
+        "ep_backends.lmdeploy.activate('layer=2,keep=3')\n"
+        "sys.exit(f'asked {len(seen)} times' if seen else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", asked], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_version_is_the_one_the_ledger_names():

@@ -131,8 +131,6 @@ class LMDeploySession:
         adapter = registry().adapter(config["model_type"])
         _check_device(device)
         check_placement(device, dtype)
-        if device == "cuda" and dtype == "float32":
-            raise UnsupportedError("LMDeploy runs in bfloat16 or float16; leave dtype out")
         from lmdeploy import PytorchEngineConfig, pipeline
 
         from ep_backends.lmdeploy.kv import kv_ratio

@@ -8,12 +8,13 @@ points below are what the doors rely on, and the few functions that are wrapped.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 from ep_backends.budgets import Settings
 from ep_core.adapter import Config, ModelAdapter
 from ep_core.errors import UnsupportedError
-from ep_core.patching import AttachPoint, missing_parameters
+from ep_core.patching import AttachPoint, check_point, missing_parameters
 
 TESTED = "0.18.0"
 
@@ -120,17 +121,6 @@ USED = (
         "never",
     ),
     AttachPoint(
-        "lmdeploy.pytorch.backends.cuda.attention.default:TritonAttentionMetadata",
-        (
-            "block_offsets",
-            *("q_start_loc", "q_seqlens", "kv_start_loc", "kv_seqlens", "kv_flatten_size"),
-            *("cu_seqlens_q", "cu_seqlens_k", "max_q_seqlen", "max_kv_seqlen"),
-        ),
-        "layers >= K attend with the lengths of the kept tokens",
-        "public dataclass",
-        "attention metadata can be made for a group of layers",
-    ),
-    AttachPoint(
         "lmdeploy.pytorch.engine.cache_engine.layout:PackedBlockCacheLayout",
         ("tensor_specs", "num_layers"),
         "each group of layers has its cache in LMDeploy's own layout",
@@ -146,7 +136,23 @@ USED = (
     ),
 )
 
-POINTS = (*HOOKED.values(), *USED)
+# importing it starts CUDA, which is the workers' to do
+IN_WORKERS = (
+    AttachPoint(
+        "lmdeploy.pytorch.backends.cuda.attention.default:TritonAttentionMetadata",
+        (
+            "block_offsets",
+            *("q_start_loc", "q_seqlens", "kv_start_loc", "kv_seqlens", "kv_flatten_size"),
+            *("cu_seqlens_q", "cu_seqlens_k", "max_q_seqlen", "max_kv_seqlen"),
+        ),
+        "layers >= K attend with the lengths of the kept tokens",
+        "public dataclass",
+        "attention metadata can be made for a group of layers",
+    ),
+)
+
+AT_START = (*HOOKED.values(), *USED)
+POINTS = (*AT_START, *IN_WORKERS)
 
 # arguments of the engine that must have one of these values, and what is said of another one
 _ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -258,6 +264,22 @@ def check_model(config: Any, adapter: ModelAdapter, facts: Config) -> None:
         )
 
 
+def check_points(points: Iterable[AttachPoint]) -> None:
+    """Refuse an LMDeploy in which an attach point is not as it was.
+
+    Raises:
+        UnsupportedError: naming the first that does not fit.
+    """
+    from lmdeploy.version import __version__
+
+    failed = [status for status in map(check_point, points) if status.state == "FAILED"]
+    if failed:
+        raise UnsupportedError(
+            f"this LMDeploy ({__version__}, tested is {TESTED}) does not fit: {failed[0].target}: "
+            f"{failed[0].detail}; run entropyprune doctor"
+        )
+
+
 def check_decoder(model: Any, settings: Settings) -> None:
     """Refuse a decoder whose layers cannot be hooked as they are.
 
@@ -268,6 +290,7 @@ def check_decoder(model: Any, settings: Settings) -> None:
     Raises:
         UnsupportedError: naming what does not fit.
     """
+    check_points(IN_WORKERS)
     from lmdeploy.pytorch.backends.cuda.attention.default import TritonAttentionImpl
     from lmdeploy.pytorch.models.utils.cudagraph import PiecewiseCudaGraphMixin
 

@@ -14,7 +14,7 @@ from ep_backends.budgets import KEY, Settings
 from ep_backends.refusals import refusing
 from ep_core.adapter import Config
 from ep_core.errors import PolicyError, UnsupportedError
-from ep_core.patching import Patches, check_point
+from ep_core.patching import Patches
 from ep_core.plugins import registry
 from ep_core.policy import ENV, PruningPolicy
 
@@ -45,16 +45,9 @@ def activate(policy: str | PruningPolicy | None = None) -> Patches:
 
 
 def _install() -> Patches:
-    from lmdeploy.version import __version__
+    from ep_backends.lmdeploy.ledger import AT_START, HOOKED, check_points
 
-    from ep_backends.lmdeploy.ledger import HOOKED, POINTS, TESTED
-
-    failed = [status for status in map(check_point, POINTS) if status.state == "FAILED"]
-    if failed:
-        raise UnsupportedError(
-            f"this LMDeploy ({__version__}, tested is {TESTED}) does not fit: {failed[0].target}: "
-            f"{failed[0].detail}; run entropyprune doctor"
-        )
+    check_points(AT_START)
     from ep_backends.lmdeploy.kv import required_blocks
     from ep_backends.lmdeploy.requests import plan_request
 
