@@ -41,19 +41,19 @@ conformance: $(ENGINES:%=record-%)
 	$(BIN)/python -m ep_conformance compare $(RECORDINGS)/*.json $(MATRIX:%=--update %)
 
 record-transformers: $(VENV)/.installed
-	$(BIN)/python -m ep_conformance --backend transformers --record $(RECORDINGS)/transformers-cpu.json
+	$(BIN)/python -m ep_conformance --backend transformers --device cpu --record $(RECORDINGS)/transformers-cpu.json
 
 record-sglang: setup-sglang
-	.venv-sglang/bin/python -m ep_conformance --backend sglang --record $(RECORDINGS)/sglang-cpu.json
+	.venv-sglang/bin/python -m ep_conformance --backend sglang --device cpu --record $(RECORDINGS)/sglang-cpu.json
 
 record-lmdeploy: setup-lmdeploy
-	.venv-lmdeploy/bin/python -m ep_conformance --backend lmdeploy --record $(RECORDINGS)/lmdeploy-cpu.json \
+	.venv-lmdeploy/bin/python -m ep_conformance --backend lmdeploy --device cpu --record $(RECORDINGS)/lmdeploy-cpu.json \
 	  --expected-failures tests/lmdeploy/expected_failures.txt
 
 # the example as its author would install and prove it
 third-party: .venv-third-party/.installed
 	.venv-third-party/bin/pip install --quiet --no-deps --force-reinstall . ./examples/third_party_backend
-	.venv-third-party/bin/python -m ep_conformance --backend loop
+	.venv-third-party/bin/python -m ep_conformance --backend loop --device cpu
 
 .venv-third-party/.installed: pyproject.toml constraints.txt examples/third_party_backend/pyproject.toml
 	rm -rf .venv-third-party

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Load the backend and the expected failures; declare the suite's markers."""
+    # a GPU multiplies float32 in fewer digits otherwise; engine processes inherit both
+    os.environ |= {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"}
     name = config.getoption("--backend")
     failures = config.getoption("--expected-failures")
     try:
