@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ep_core.backend import DTYPES
-from ep_core.cli_common import ModelFacts, PolicyType, load_backend
+from ep_core.cli_common import ModelFacts, PolicyType, default_device, load_backend
 from ep_core.errors import EntropyPruneError
 from ep_core.policy import ENV, EXAMPLE, PruningPolicy
 
@@ -62,7 +62,11 @@ EXAMPLE_ENDPOINT = "http://127.0.0.1:30000/v1"
     help="Requests at once.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first questions of each task.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cpu.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Default: cuda where there is one, else cpu.",
+)
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: the checkpoint's.")
 @click.option(
     "--out",
@@ -110,7 +114,7 @@ def evaluate(
             "model": str(model),
             "backend": backend or "transformers",
             "versions": dict(engine.versions()),
-            "device": device or "cpu",
+            "device": device or default_device(),
             "dtype": dtype,
         }
         runs = {
