@@ -146,7 +146,8 @@ def report(result: dict[str, Any]) -> list[str]:
         *heading(title, result),
         f"`{result['policy']}`. Real servers over HTTP in bfloat16, on one machine with their "
         f"client; streamed answers of {result['answer']} tokens, a picture of 256 visual tokens in "
-        "each request and none twice, KV memory of the same bytes. Waiting is from sending a "
+        "each request and none twice, KV memory of the same bytes. With as many requests as "
+        "clients it is one burst. Waiting is from sending a "
         "request to its first token: 50 % and 99 % over all rounds. Levels alternate between the "
         "two servers; requests/s and the ratio are medians over rounds, the ratio with the "
         "smallest and the largest.",
