@@ -7,15 +7,17 @@ import pytest
 import torch
 
 from ep_backends.lmdeploy.prefill import Pruner, _Pass, _Picture
+from ep_core import kernels
 from ep_core.plugins import registry
 
-from ..host_sync import NoWaiting  # noqa: TID252 # tests are no installed package
+from ..host_sync import KERNELS, NoWaiting  # noqa: TID252 # tests are no installed package
 
 empty = partial(torch.empty, device="meta")
 
 
 @pytest.mark.parametrize("method", ["released", "set-entropy"])
-def test_layer_k_does_not_wait(method):
+def test_layer_k_does_not_wait(monkeypatch, method):
+    monkeypatch.setitem(kernels._found, "meta", KERNELS)
     pruner = object.__new__(Pruner)
     pruner._settings = SimpleNamespace(selector=registry().selector(method))
     pruner._ranks = None

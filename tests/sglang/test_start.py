@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import ep_backends.sglang
 from ep_backends.sglang import ledger, plugin
@@ -259,10 +261,28 @@ def test_hook_that_did_not_take_stops_the_server(monkeypatch):
         plugin.verify()
 
 
+def test_quantised_kv_that_a_checkpoint_asks_for_is_refused(monkeypatch):
+    """The argument that is refused says "auto" then."""
+    monkeypatch.setenv("ENTROPYPRUNE", POLICY)
+    runner = SimpleNamespace(
+        model_config=None,
+        is_draft_worker=False,
+        dtype=torch.bfloat16,
+        kv_cache_dtype=torch.float8_e4m3fn,
+    )
+    with pytest.raises(SystemExit, match=r"KV cache in torch\.float8_e4m3fn, .* give one"):
+        plugin.build_attention(lambda **arguments: None, model_runner=runner)
+
+
 def test_plugin_that_fails_to_load_stops_the_server_that_needs_it(monkeypatch):
     monkeypatch.setattr(plugin, "register", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # SGLang logs it; nobody asked for pruning
         ep_backends.sglang.activate()
+    with monkeypatch.context() as asked:
+        override = '{"entropyprune": {"layer": 2, "keep": 3}}'
+        asked.setattr("sys.argv", ["launch_server", "--json-model-override-args", override])
+        with pytest.raises(SystemExit, match="entropyprune: error: division by zero"):
+            ep_backends.sglang.activate()
     monkeypatch.setenv("ENTROPYPRUNE", POLICY)
     with pytest.raises(SystemExit, match="entropyprune: error: division by zero"):
         ep_backends.sglang.activate()

@@ -10,19 +10,16 @@ from transformers import DynamicCache
 from ep_backends.transformers import enable
 from ep_core import kernels
 from ep_core.plugins import registry
-from ep_core.selectors import greedy_renyi2_torch
 from ep_core.spans import VisualSpan, select, staying
 
-from ..host_sync import NoWaiting  # noqa: TID252 # tests are no installed package
+from ..host_sync import KERNELS, NoWaiting  # noqa: TID252 # tests are no installed package
 
 METHODS = ["released", "rows", "trace", "set-entropy"]
 
 
 @pytest.fixture(autouse=True)
 def fused_scores(monkeypatch):
-    """Kernels for `meta`: the eigenvalues of the torch path would wait on a GPU."""
-    fused = kernels.Kernels("none", lambda q, how: q.float().sum(dim=(1, 2)), greedy_renyi2_torch)
-    monkeypatch.setitem(kernels._found, "meta", fused)
+    monkeypatch.setitem(kernels._found, "meta", KERNELS)
 
 
 @pytest.mark.parametrize(

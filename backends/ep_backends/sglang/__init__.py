@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 
 def activate() -> None:
@@ -16,6 +17,7 @@ def activate() -> None:
 
         register()
     except Exception as error:  # an engine that does not import can raise anything
-        if os.environ.get("ENTROPYPRUNE"):
+        asked = os.environ.get("ENTROPYPRUNE") or any('"entropyprune"' in a for a in sys.argv)
+        if asked:
             raise SystemExit(f"entropyprune: error: {error}") from error
         raise

@@ -38,9 +38,22 @@ def free_kept_slots(
         free_index: `[n]` slots of the first pool.
         start_pos: where they lie in their request.
     """
+    if nothing_dropped(allocator):  # known without waiting for the device
+        original(allocator, free_index, start_pos=start_pos)
+        return
     held = free_index[allocator.full_to_swa_index_mapping[free_index] > 0]
     if held.numel():
         original(allocator, held, start_pos=start_pos)
+
+
+def nothing_dropped(allocator: Any) -> bool:
+    """Has every token in use a slot in both pools? Host integers only.
+
+    A dropped token's slot is back in the kept pool (`KeptRadixCache._settle`) before its request
+    frees or caches the token, so of those that this is asked about none is overlooked.
+    """
+    full = allocator.size_full - allocator.full_available_size()
+    return bool(full == allocator.size_swa - allocator.swa_available_size())
 
 
 class KeptBudget(SWAPrefillBudget):  # type: ignore[misc]  # sglang is untyped
@@ -106,6 +119,8 @@ class KeptComponent(SWAComponent):  # type: ignore[misc]  # sglang is untyped
         data = node.component_data[self.component_type]
         if data.value is None:
             return 0
+        if nothing_dropped(self.cache.token_to_kv_pool_allocator):
+            return len(data.value)
         # counting waits for the device: once for each value is enough
         value, count = data.metadata.get("held", (None, 0))
         if value is not data.value:

@@ -255,6 +255,11 @@ def build_attention(original: Callable[..., Any], *, model_runner: Any) -> Any:
     config = model_runner.model_config
     if not os.environ.get(ENV) or model_runner.is_draft_worker:
         return original(model_runner=model_runner)
+    if model_runner.kv_cache_dtype != model_runner.dtype:
+        raise StartRefused(
+            f"the checkpoint asks for a KV cache in {model_runner.kv_cache_dtype}, which was never "
+            "tested with pruning; give one that does not"
+        )
     from sglang.srt.runtime_context import get_parallel
 
     from ep_backends.sglang.attention import PrunedAttention
