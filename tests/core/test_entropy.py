@@ -16,7 +16,7 @@ from ep_core.entropy import (
     renyi2_entropy,
 )
 from ep_core.errors import EntropyPruneError
-from ep_core.selectors import top_k
+from ep_core.selectors import greedy_renyi2, greedy_renyi2_torch, top_k
 
 SHAPES = [  # tokens, heads, head_dim
     (6, 2, 32),
@@ -270,6 +270,38 @@ def test_matmul_switches_of_the_host_change_no_bit(fast_float32_matmul, dtype):
         assert torch.equal(old, new)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_the_hosts_default_dtype_changes_no_bit(default):
+    q = queries(40, 28, 64, dtype=torch.float16)
+
+    def everything():
+        scores = [
+            matrix_entropy(q, normalize, dtype=dtype)
+            for normalize in NORMALIZATIONS
+            for dtype in (torch.float32, torch.float64)
+        ]
+        gram = cosine_gram(q.flatten(1))
+        released = matrix_entropy(q, compat="released")
+        return [
+            *scores,
+            released,
+            gram,
+            greedy_renyi2(q.flatten(1), 9),
+            greedy_renyi2_torch(gram, 9),
+        ]
+
+    before = everything()
+    standard = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        after = everything()
+    finally:
+        torch.set_default_dtype(standard)
+    for old, new in zip(before, after, strict=True):
+        assert old.dtype == new.dtype
+        assert torch.equal(old, new)
+
+
 class MatmulDtypes(TorchDispatchMode):
     """Records the dtypes that matrix products see."""
 
@@ -461,7 +493,7 @@ def test_cosine_gram_equals_numpy_and_tokens_without_direction_are_nan(dtype):
         assert gram[:, lost].isnan().all()
 
 
-@pytest.mark.parametrize("tokens", [95, 96, 97, 300])
+@pytest.mark.parametrize("tokens", [95, 96, 97, 300, 801])
 def test_cosine_gram_is_symmetric_and_whole_at_every_size(tokens):
     generator = torch.Generator().manual_seed(tokens)
     hidden = torch.randn(tokens, 40, generator=generator).to(torch.bfloat16)
