@@ -269,3 +269,8 @@ class BackendSpec:
     name: str
     summary: str
     load: Callable[[], Backend]
+
+
+def default_device(backend: Backend) -> str:
+    """Where a backend runs unless the user says otherwise: on cuda, where it can."""
+    return "cuda" if backend.capabilities.cuda and torch.cuda.is_available() else "cpu"

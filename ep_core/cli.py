@@ -14,7 +14,7 @@ import torch
 
 import ep_core
 from ep_core import demo, kernels
-from ep_core.backend import Answer, Backend, Request
+from ep_core.backend import Answer, Backend, Request, default_device
 from ep_core.budget import layer_average
 from ep_core.ecl import EntropyProfile, find_collapse_layer, plot_profile
 from ep_core.errors import EntropyPruneError
@@ -118,7 +118,7 @@ def run(
     prompt: str,
     policy: PruningPolicy | None,
     max_new_tokens: int,
-    device: str,
+    device: str | None,
     dtype: str | None,
     compare: bool,
     as_json: bool,
@@ -132,6 +132,7 @@ def run(
         raise EntropyPruneError(f'--compare needs a policy, such as --policy "{EXAMPLE}"')
     facts = ModelFacts.of(model, policy)
     engine = load_backend(backend)
+    device = device or default_device(engine)
     request = Request((*images, prompt), max_new_tokens)
     timed = {"pruned": _ask(engine, model, facts.policy, request, device, dtype, warm=compare)}
     if compare:
@@ -264,7 +265,7 @@ def calibrate(
     layer: int | None,
     out: Path | None,
     plot: Path | None,
-    device: str,
+    device: str | None,
     dtype: str | None,
 ) -> None:
     """Look for the collapse layer over your pictures."""
@@ -278,6 +279,7 @@ def calibrate(
     if not engine.capabilities.layer_entropies:
         raise EntropyPruneError(f"backend {backend!r} cannot measure layers; use transformers")
     samples: list[list[float]] = []
+    device = device or default_device(engine)
     with engine.open(model, None, device=device, dtype=dtype) as session:
         for image in track(images, "measuring", console=Console(stderr=True)):
             samples += session.layer_entropies(Request((image, prompt)))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from ep_core.adapter import ModelAdapter
 from ep_core.backend import DTYPES, Answer, Backend
@@ -60,11 +59,6 @@ class OutputType(click.Path):
         return path
 
 
-def default_device() -> str:
-    """Where a model runs unless the user says otherwise."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 model_option = click.option(
     "--model",
     required=True,
@@ -76,9 +70,8 @@ backend_option = click.option(
 )
 device_option = click.option(
     "--device",
-    default=default_device,
-    show_default="cuda where there is one, else cpu",
     type=click.Choice(["cpu", "cuda"]),
+    help="Default: cuda where there is one, else cpu.",
 )
 dtype_option = click.option(
     "--dtype",

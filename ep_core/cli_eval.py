@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ep_core.backend import DTYPES
-from ep_core.cli_common import ModelFacts, PolicyType, default_device, load_backend
+from ep_core.backend import default_device
+from ep_core.cli_common import ModelFacts, PolicyType, device_option, dtype_option, load_backend
 from ep_core.errors import EntropyPruneError
 from ep_core.policy import ENV, EXAMPLE, PruningPolicy
 
@@ -62,12 +62,8 @@ EXAMPLE_ENDPOINT = "http://127.0.0.1:30000/v1"
     help="Requests at once.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first questions of each task.")
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    help="Default: cuda where there is one, else cpu.",
-)
-@click.option("--dtype", type=click.Choice(DTYPES), help="Default: the checkpoint's.")
+@device_option
+@dtype_option
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -114,7 +110,7 @@ def evaluate(
             "model": str(model),
             "backend": backend or "transformers",
             "versions": dict(engine.versions()),
-            "device": device or default_device(),
+            "device": device or default_device(engine),
             "dtype": dtype,
         }
         runs = {

@@ -97,7 +97,7 @@ def collect(manager: pluggy.PluginManager) -> Registry:
             try:
                 items: list[Any] = list(provide())
                 names = [key(item) for item in items]
-            except Exception as error:  # as above: a stranger's code
+            except Exception as error:  # a stranger's code can raise anything
                 _warn_left_out(plugin, error)
                 continue
             for name, item in zip(names, items, strict=True):

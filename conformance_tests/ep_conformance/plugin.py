@@ -20,7 +20,7 @@ from ep_conformance.checkpoints import (
 )
 from ep_conformance.expected_failures import read_expected_failures, stale
 from ep_conformance.recording import Conditions, Outcome, Recording
-from ep_core.backend import Backend
+from ep_core.backend import Backend, default_device
 from ep_core.errors import EntropyPruneError
 from ep_core.plugins import registry
 
@@ -92,7 +92,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"backend {name!r} is not installed here: {error}") from None
     except (EntropyPruneError, OSError, ValueError) as error:
         raise pytest.UsageError(str(error)) from None
-    device = config.getoption("--device") or _default_device(backend)
+    device = config.getoption("--device") or default_device(backend)
     recording = Recording(Conditions.of(name, backend, device))
     config.stash[KEY] = Run(name, backend, device, recording, expected)
     config.addinivalue_line("markers", "needs(capability): skip without the capability")
@@ -167,11 +167,6 @@ def pytest_terminal_summary(
         terminalreporter.section("expected failures that are stale", red=True)
         for line in lines:
             terminalreporter.line(line)
-
-
-def _default_device(backend: Backend) -> str:
-    """On a device that the backend does not claim, every test would be skipped."""
-    return "cuda" if backend.capabilities.cuda and torch.cuda.is_available() else "cpu"
 
 
 def _stale(config: pytest.Config) -> list[str]:

@@ -54,7 +54,7 @@ def _coefficients(device: torch.device) -> torch.Tensor:
 def _centred(
     start, token_stride, head_stride, width_stride, column, HEADS: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, SLICE: tl.constexpr
-):  # fmt: skip
+):  # fmt: skip # a line for each argument is a page
     """Columns [column, column + SLICE) of a token's heads, centred, float64; zeros outside."""
     row = tl.arange(0, ROWS)[:, None]
     col = column + tl.arange(0, SLICE)[None, :]
@@ -69,7 +69,7 @@ def _score(
     q, scores, coefficients, token_stride, head_stride, width_stride, HEADS: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, SLICE: tl.constexpr, POLES: tl.constexpr,
     NORMALIZE: tl.constexpr
-):  # fmt: skip
+):  # fmt: skip # a line for each argument is a page
     token = tl.program_id(0).to(tl.int64)
     start = q + token * token_stride
     row = tl.arange(0, ROWS)

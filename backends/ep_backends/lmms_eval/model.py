@@ -17,7 +17,7 @@ from lmms_eval.models.chat.openai import OpenAICompatible
 from loguru import logger
 
 from ep_backends.lmms_eval.requests import POSSIBLE, as_request, check_messages, sampling, until
-from ep_core.backend import Session
+from ep_core.backend import Session, default_device
 from ep_core.errors import EntropyPruneError, UnsupportedError
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
@@ -131,7 +131,7 @@ class BackendModel(_Messages, lmms):  # type: ignore[misc] # lmms_eval has no ty
         engine = registry().backend(backend).load()
         self._opened = ExitStack()
         self._session: Session = self._opened.enter_context(
-            engine.open(Path(model), pruning, device=device or "cpu", dtype=dtype)
+            engine.open(Path(model), pruning, device=device or default_device(engine), dtype=dtype)
         )
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:

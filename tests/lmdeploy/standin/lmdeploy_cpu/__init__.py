@@ -56,7 +56,7 @@ class _Finder(importlib.abc.MetaPathFinder):
                 run(module)
                 change(module)
 
-            spec.loader.exec_module = run_and_change  # type: ignore[method-assign]
+            spec.loader.exec_module = run_and_change  # type: ignore[method-assign] # a stand-in
         return spec
 
 

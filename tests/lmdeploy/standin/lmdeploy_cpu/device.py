@@ -77,10 +77,10 @@ def redirect() -> None:
     for name in METHODS:
         setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
     for owner in (torch.Tensor, torch.nn.Module):
-        owner.to = _to_cpu(owner.to)  # type: ignore[method-assign]
-        owner.cuda = _itself  # type: ignore[method-assign]
-    torch.Tensor.pin_memory = _itself  # type: ignore[method-assign]
-    torch.Tensor.record_stream = _nothing  # type: ignore[method-assign]
+        owner.to = _to_cpu(owner.to)  # type: ignore[method-assign] # a stand-in
+        owner.cuda = _itself  # type: ignore[method-assign] # a stand-in
+    torch.Tensor.pin_memory = _itself  # type: ignore[method-assign] # a stand-in
+    torch.Tensor.record_stream = _nothing  # type: ignore[method-assign] # a stand-in
 
 
 def _replace_cuda() -> None:
@@ -95,7 +95,7 @@ def _replace_cuda() -> None:
     cuda.get_device_capability = lambda device=None: (8, 0)
     cuda.is_current_stream_capturing = lambda: False
     cuda.graph_pool_handle = lambda: (0, 0)
-    torch._C._cuda_clearCublasWorkspaces = _nothing  # type: ignore[attr-defined]
+    torch._C._cuda_clearCublasWorkspaces = _nothing  # type: ignore[attr-defined] # a stand-in
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
