@@ -207,7 +207,7 @@ def _comparison(timed: dict[str, tuple[Answer, float]], facts: ModelFacts) -> Ta
     def visual(answer: Answer) -> int:
         return sum(len(span.kept) for span in answer.spans)
 
-    table = Table(title=f"{facts.adapter.family}, {facts.policy}", title_justify="left")
+    table = Table(title=f"{facts.family.name}, {facts.policy}", title_justify="left")
     table.add_column()
     for name in ("unpruned", "pruned", "saved"):
         table.add_column(name, justify="right")
@@ -270,7 +270,7 @@ def calibrate(
 ) -> None:
     """Look for the collapse layer over your pictures."""
     facts = ModelFacts.of(model, None)
-    configured = facts.adapter.default_layer if layer is None else layer
+    configured = facts.family.default_layer if layer is None else layer
     if configured >= facts.shape.layers:
         raise EntropyPruneError(
             f"--layer {configured} is out of range; allowed are 1 to {facts.shape.layers - 1}"
@@ -334,8 +334,8 @@ def show(model: Path, policy: PruningPolicy | None, image_tokens: int, text_toke
     average = layer_average(image_tokens, kept, layer=layer, layers=shape.layers)
     after = prompt - image_tokens + kept
     slots = layer * prompt + (shape.layers - layer) * after
-    source = f" ({facts.adapter.default_layer_source})" if policy.layer == "auto" else ""
-    table = Table(title=f"{facts.adapter.family}: {facts.policy}", title_justify="left")
+    source = f" ({facts.family.default_layer_source})" if policy.layer == "auto" else ""
+    table = Table(title=f"{facts.family.name}: {facts.policy}", title_justify="left")
     table.add_column("for one picture")
     table.add_column("", justify="right")
     table.add_row("visual tokens / text tokens", f"{image_tokens} / {text_tokens}")
@@ -424,9 +424,9 @@ def list_() -> None:
     table = Table("kind", "name", "what it is", "plugin")
     for name, spec in sorted(plugins.backends.items()):
         table.add_row("backend", name, spec.summary, plugins.providers[f"backend {name}"])
-    for name, adapter in sorted(plugins.adapters.items()):
-        what = f"{adapter.family}, layer {adapter.default_layer} by default"
-        table.add_row("adapter", name, what, plugins.providers[f"adapter {name}"])
+    for name, family in sorted(plugins.families.items()):
+        what = f"{family.name}, layer {family.default_layer} by default"
+        table.add_row("family", name, what, plugins.providers[f"family {name}"])
     for name, selector in sorted(plugins.selectors.items()):
         table.add_row("method", name, selector.summary, plugins.providers[f"selector {name}"])
     console = Console()

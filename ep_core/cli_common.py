@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from ep_core.adapter import ModelAdapter
 from ep_core.backend import DTYPES, Answer, Backend
 from ep_core.budget import DecoderShape
 from ep_core.checkpoint import read_config
 from ep_core.errors import EntropyPruneError
+from ep_core.family import Family
 from ep_core.overlay import draw_overlay
 from ep_core.pictures import read_picture
 from ep_core.plugins import registry
@@ -85,7 +85,7 @@ class ModelFacts:
     """What the command line reads of a checkpoint before an engine loads it."""
 
     config: dict[str, Any]
-    adapter: ModelAdapter
+    family: Family
     shape: DecoderShape
     policy: PruningPolicy | None
 
@@ -93,12 +93,12 @@ class ModelFacts:
     def of(cls, model: Path, policy: PruningPolicy | None) -> ModelFacts:
         """Read config.json and settle the policy's layer."""
         config = read_config(model)
-        adapter = registry().adapter(config["model_type"])
-        shape = adapter.decoder_shape(config)
+        family = registry().family(config["model_type"])
+        shape = family.decoder(config).shape
         if policy is not None:
-            policy = policy.at_layer(adapter.default_layer, shape.layers)
+            policy = policy.at_layer(family.default_layer, shape.layers)
             registry().selector(policy.method)
-        return cls(config, adapter, shape, policy)
+        return cls(config, family, shape, policy)
 
     @property
     def layer(self) -> int:
@@ -116,7 +116,7 @@ class ModelFacts:
         if len(answer.spans) != len(images):
             raise EntropyPruneError(f"no overlay: {answer.reason or 'the engine names no spans'}")
         grids = [
-            self.adapter.patch_grid(self.config, span.stop - span.start, read_picture(path).size)
+            self.family.patch_grid(self.config, span.stop - span.start, read_picture(path).size)
             for path, span in zip(images, answer.spans, strict=True)
         ]
         draw_overlay(images, answer.spans, grids, out)

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from ep_core.adapter import ModelAdapter
     from ep_core.backend import BackendSpec
+    from ep_core.family import Family
     from ep_core.selectors import Selector
 
 PROJECT = "entropyprune"
@@ -46,10 +46,10 @@ def entropyprune_backends() -> Iterable[BackendSpec]:
 
 
 @hookspec
-def entropyprune_adapters() -> Iterable[ModelAdapter]:
-    """Model families, one adapter for each `model_type` of a checkpoint's config.json.
+def entropyprune_families() -> Iterable[Family]:
+    """Model families, one for each `model_type` of a checkpoint's config.json.
 
-    Example: `return [ModelAdapter(model_type="my_vlm", ...)]`.
+    Example: `return [Family(model_type="my_vlm", ...)]`.
     """
     raise AssertionError("a specification is never called")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ep_core.adapter import PatchGrid
+from ep_core.family import PatchGrid
 from ep_core.pictures import read_picture
 from ep_core.report import SpanRecord
 

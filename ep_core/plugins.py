@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import pluggy
 
 from ep_core import hookspecs
-from ep_core.adapter import ModelAdapter
 from ep_core.backend import BackendSpec
 from ep_core.errors import PluginError, UnsupportedError
+from ep_core.family import Family
 from ep_core.selectors import Selector
 
 ENV_BLOCK = "ENTROPYPRUNE_BLOCK"
@@ -29,7 +29,7 @@ class Registry:
     """Everything that plugins provide, by name."""
 
     backends: Mapping[str, BackendSpec]
-    adapters: Mapping[str, ModelAdapter]
+    families: Mapping[str, Family]
     selectors: Mapping[str, Selector]
     providers: Mapping[str, str]
 
@@ -41,14 +41,14 @@ class Registry:
         """The selector of that name, or `PluginError` with those there are."""
         return _find(self.selectors, name, "method")
 
-    def adapter(self, model_type: str) -> ModelAdapter:
-        """The adapter of that model type, or `UnsupportedError` with those there are."""
-        if model_type not in self.adapters:
+    def family(self, model_type: str) -> Family:
+        """The family of that model type, or `UnsupportedError` with those there are."""
+        if model_type not in self.families:
             raise UnsupportedError(
-                f"no adapter for model type {model_type!r}; there are "
-                f"{', '.join(sorted(self.adapters))} (docs/adapters.md shows how to write one)"
+                f"model type {model_type!r} is no family that can be pruned; there are "
+                f"{', '.join(sorted(self.families))} (docs/adapters.md shows how to add one)"
             )
-        return self.adapters[model_type]
+        return self.families[model_type]
 
 
 @cache
@@ -114,8 +114,8 @@ def collect(manager: pluggy.PluginManager) -> Registry:
 
     return Registry(
         backends=gather(manager.hook.entropyprune_backends, lambda spec: spec.name, "backend"),
-        adapters=gather(
-            manager.hook.entropyprune_adapters, lambda adapter: adapter.model_type, "adapter"
+        families=gather(
+            manager.hook.entropyprune_families, lambda family: family.model_type, "family"
         ),
         selectors=gather(
             manager.hook.entropyprune_selectors, lambda selector: selector.name, "selector"

@@ -29,7 +29,7 @@ class PruningPolicy:
 
     Attributes:
         layer: the first decoder layer that sees the kept tokens only, 1 <= layer < layers, or
-            "auto" for the default of the model's adapter.
+            "auto" for the default of the model's family.
         budget: `Keep`, `LayerAverage` or `FlopsReduction`, applied to each picture.
         method: name of a selector.
         min_tokens: spans of at most this many tokens are left whole.
@@ -132,7 +132,7 @@ class PruningPolicy:
         """The policy with its layer settled for a model.
 
         Args:
-            default: the adapter's layer, taken for "auto".
+            default: the family's layer, taken for "auto".
             layers: decoder layers of the model.
 
         Raises:

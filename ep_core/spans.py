@@ -30,21 +30,6 @@ class VisualSpan:
         return self.stop - self.start
 
 
-def runs_of(token_ids: Sequence[int], token: int) -> list[VisualSpan]:
-    """The maximal runs of `token` in a prompt, in order."""
-    spans = []
-    start = None
-    for position, token_id in enumerate(token_ids):
-        if token_id == token and start is None:
-            start = position
-        elif token_id != token and start is not None:
-            spans.append(VisualSpan(start, position))
-            start = None
-    if start is not None:
-        spans.append(VisualSpan(start, len(token_ids)))
-    return spans
-
-
 def plan(
     policy: PruningPolicy,
     spans: Sequence[VisualSpan],

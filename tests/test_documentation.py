@@ -35,7 +35,7 @@ def test_python_blocks_in_the_documentation_compile():
 
 
 def test_the_family_in_adapters_md_is_a_working_plugin():
-    """The page's adapter, registered as a plugin, finds the pictures of a prompt."""
+    """The page's family, registered as a plugin, finds the pictures of a prompt."""
     import pluggy
 
     from ep_core import hookspecs, plugins
@@ -47,12 +47,12 @@ def test_the_family_in_adapters_md_is_a_working_plugin():
     manager.add_hookspecs(hookspecs)
 
     class Plugin:
-        entropyprune_adapters = staticmethod(namespace["entropyprune_adapters"])
+        entropyprune_families = staticmethod(namespace["entropyprune_families"])
 
     manager.register(Plugin())
-    adapter = plugins.collect(manager).adapter("my_vlm")
-    spans = adapter.find_spans({"image_token_id": 7}, [1, 7, 7, 2, 7, 3])
-    assert [(span.start, span.stop) for span in spans] == [(1, 3), (4, 5)]
+    family = plugins.collect(manager).family("my_vlm")
+    found = family.find({"image_token_id": 7}, [1, 7, 7, 2, 7, 3])
+    assert [(one.run.start, one.run.stop) for one in found] == [(1, 3), (4, 5)]
 
 
 def test_the_third_party_backend_is_as_short_as_the_documentation_says():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ep_core.adapter import Config
 from ep_core.budget import DecoderShape
 from ep_core.errors import UnsupportedError
+from ep_core.family import FULL_ATTENTION, Config, Decoder
 
 # sizes that published LLaVA-1.5 checkpoints leave out: the defaults of transformers' LlamaConfig
 LLAMA_DEFAULTS = {
@@ -16,6 +16,7 @@ LLAMA_DEFAULTS = {
     "num_attention_heads": 32,
 }
 REQUIRED = tuple(LLAMA_DEFAULTS)
+# decoders that normalise each query head after the projection
 QUERY_NORM_DECODERS = frozenset({"qwen3"})
 
 
@@ -48,6 +49,22 @@ def decoder_shape(config: Config) -> DecoderShape:
     )
 
 
-def query_norm(config: Config) -> bool:
-    """Does the language model normalise each query head after the projection?"""
-    return text_config(config).get("model_type") in QUERY_NORM_DECODERS
+def read_decoder(config: Config) -> Decoder:
+    """The language model, as most families describe it.
+
+    Args:
+        config: config.json of the checkpoint.
+
+    Raises:
+        UnsupportedError: a size is missing; it is named.
+    """
+    text = text_config(config)
+    kinds = set(text.get("layer_types") or [FULL_ATTENTION])
+    # a window that is set but not used is no window; families without the switch use it
+    if text.get("sliding_window") and text.get("use_sliding_window", True):
+        kinds.add("sliding_attention")
+    return Decoder(
+        shape=decoder_shape(config),
+        query_norm=text.get("model_type") in QUERY_NORM_DECODERS,
+        layer_kinds=frozenset(kinds),
+    )

@@ -9,24 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ep_adapters.decoder import decoder_shape, query_norm
-from ep_core.adapter import Config, ModelAdapter, PatchGrid
+from ep_adapters.decoder import read_decoder
 from ep_core.errors import UnsupportedError
-from ep_core.spans import VisualSpan, runs_of
+from ep_core.family import Config, Family, PatchGrid, Placeholder
+from ep_core.plan import Reason, Unprunable, runs_of
 
 
-def find_spans(config: Config, token_ids: Sequence[int]) -> list[VisualSpan]:
-    """One span for each run of image tokens: a picture with all its tiles."""
+def find(config: Config, token_ids: Sequence[int]) -> list[Placeholder]:
+    """A picture with all its tiles for each run of image tokens."""
     tile = tokens_per_tile(config)
-    spans = runs_of(token_ids, config["image_token_id"])
-    for span in spans:
+    runs = runs_of(token_ids, config["image_token_id"])
+    for run in runs:
         # two tiles are never one picture: several tiles bring a thumbnail
-        if len(span) % tile or len(span) == 2 * tile:
-            raise UnsupportedError(
-                f"a run of {len(span)} image tokens is no picture: one tile of {tile}, or several "
-                "and a thumbnail; was the prompt expanded by the checkpoint's own processor?"
+        if len(run) % tile or len(run) == 2 * tile:
+            raise Unprunable(
+                Reason.LAYOUT,
+                f"a run of {len(run)} image tokens is no picture: one tile of {tile}, or several "
+                "and a thumbnail; was the prompt expanded by the checkpoint's own processor?",
             )
-    return spans
+    return [Placeholder(run) for run in runs]
 
 
 def tokens_per_tile(config: Config) -> int:
@@ -48,14 +49,12 @@ def patch_grid(config: Config, tokens: int, size: tuple[int, int]) -> PatchGrid:
     return PatchGrid(side, side, (0, 0, *size))
 
 
-ADAPTER = ModelAdapter(
+FAMILY = Family(
     model_type="internvl",
-    family="InternVL3",
+    name="InternVL3",
     default_layer=2,
     default_layer_source="that of LLaVA-1.5: the code of arXiv 2602.17196 has none for this family",
-    find_spans=find_spans,
-    decoder_shape=decoder_shape,
-    query_norm=query_norm,
+    decoder=read_decoder,
+    find=find,
     patch_grid=patch_grid,
-    cut_along=("position_embeddings", "position_ids"),
 )

@@ -5,27 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ep_adapters.decoder import decoder_shape, query_norm
-from ep_core.adapter import Config, ModelAdapter, PatchGrid
+from ep_adapters.decoder import read_decoder
 from ep_core.errors import UnsupportedError
-from ep_core.spans import VisualSpan, runs_of
+from ep_core.family import Config, Family, PatchGrid, Placeholder
+from ep_core.plan import Reason, Run, Unprunable, runs_of
 
 # towers with one patch grid for every picture; others (Pixtral) size it by the picture
 FIXED_GRID_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
-def find_spans(config: Config, token_ids: Sequence[int]) -> list[VisualSpan]:
+def find(config: Config, token_ids: Sequence[int]) -> list[Placeholder]:
     """Runs of image tokens, cut into pictures of equal size: nothing stands between two."""
     size = tokens_per_picture(config)
-    spans = []
+    found = []
     for run in runs_of(token_ids, _image_token(config)):
         if len(run) % size:
-            raise UnsupportedError(
+            raise Unprunable(
+                Reason.LAYOUT,
                 f"a run of {len(run)} image tokens is no multiple of {size}, the tokens of one "
-                "picture; was the prompt expanded by the checkpoint's own processor?"
+                "picture; was the prompt expanded by the checkpoint's own processor?",
             )
-        spans += [VisualSpan(at, at + size) for at in range(run.start, run.stop, size)]
-    return spans
+        found += [Placeholder(Run(at, at + size)) for at in range(run.start, run.stop, size)]
+    return found
 
 
 def tokens_per_picture(config: Config) -> int:
@@ -60,14 +61,12 @@ def _image_token(config: Config) -> int:
     return int(token)
 
 
-ADAPTER = ModelAdapter(
+FAMILY = Family(
     model_type="llava",
-    family="LLaVA-1.5",
+    name="LLaVA-1.5",
     default_layer=2,
     default_layer_source="constant for LLaVA-1.5-7B in the released code of arXiv 2602.17196",
-    find_spans=find_spans,
-    decoder_shape=decoder_shape,
-    query_norm=query_norm,
+    decoder=read_decoder,
+    find=find,
     patch_grid=patch_grid,
-    cut_along=("position_embeddings", "position_ids"),
 )

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ep_adapters.decoder import decoder_shape, query_norm
-from ep_core.adapter import Config, ModelAdapter, PatchGrid
-from ep_core.errors import UnsupportedError
-from ep_core.spans import VisualSpan, runs_of
+from ep_adapters.decoder import read_decoder
+from ep_core.family import Config, Family, PatchGrid, Placeholder
+from ep_core.plan import Reason, Unprunable, runs_of
 
 
-def find_spans(config: Config, token_ids: Sequence[int]) -> list[VisualSpan]:
-    """One span for each run of image tokens: start and end tokens keep pictures apart."""
+def find(config: Config, token_ids: Sequence[int]) -> list[Placeholder]:
+    """A picture for each run of image tokens: start and end tokens keep them apart."""
     if config["video_token_id"] in token_ids:
-        raise UnsupportedError("video prompts are not pruned yet")
-    return runs_of(token_ids, config["image_token_id"])
+        raise Unprunable(Reason.OTHER_MEDIA)
+    return [Placeholder(run) for run in runs_of(token_ids, config["image_token_id"])]
 
 
 def patch_grid(config: Config, tokens: int, size: tuple[int, int]) -> PatchGrid:
@@ -28,14 +27,12 @@ def patch_grid(config: Config, tokens: int, size: tuple[int, int]) -> PatchGrid:
     return PatchGrid(rows, tokens // rows, (0, 0, width, height))
 
 
-ADAPTER = ModelAdapter(
+FAMILY = Family(
     model_type="qwen2_5_vl",
-    family="Qwen2.5-VL",
+    name="Qwen2.5-VL",
     default_layer=1,
     default_layer_source="constant for Qwen2.5-VL-7B in the released code of arXiv 2602.17196",
-    find_spans=find_spans,
-    decoder_shape=decoder_shape,
-    query_norm=query_norm,
+    decoder=read_decoder,
+    find=find,
     patch_grid=patch_grid,
-    cut_along=("position_embeddings", "position_ids"),
 )

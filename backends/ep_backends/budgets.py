@@ -7,16 +7,14 @@ off, in whatever field its engine has for that.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from ep_core.adapter import Config, ModelAdapter
 from ep_core.backend import Request
-from ep_core.budget import BUDGETS, DecoderShape, FlopsReduction
+from ep_core.budget import BUDGETS, FlopsReduction
 from ep_core.errors import BudgetError, PolicyError, UnsupportedError
-from ep_core.plugins import registry
+from ep_core.family import Config
 from ep_core.policy import PruningPolicy
-from ep_core.selectors import Selector
+from ep_core.settings import Settings
 from ep_core.spans import VisualSpan, plan
 
 KEY = "entropyprune"  # in requests, answers, and the names of attributes
@@ -30,49 +28,23 @@ KEEPS_ALL = "the budget keeps every token"
 DOES_NOT_FIT = "the server's budget does not fit the picture"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What pruning needs to know of the server.
+def server_settings(policy: PruningPolicy, config: Config) -> Settings:
+    """Settle a policy for a model in a server.
 
-    Attributes:
-        policy: the server's policy, its layer settled.
-        adapter: of the model's family.
-        shape: sizes of the language model.
-        selector: the policy's method.
+    Args:
+        policy: as it was set.
+        config: config.json of the checkpoint.
+
+    Raises:
+        EntropyPruneError: there is no such family, layer or method, or no server can run it.
     """
-
-    policy: PruningPolicy
-    adapter: ModelAdapter
-    shape: DecoderShape
-    selector: Selector
-
-    @classmethod
-    def of(cls, policy: PruningPolicy, adapter: ModelAdapter, config: Config) -> Settings:
-        """Settle a policy for a model.
-
-        Args:
-            policy: as it was set.
-            adapter: of the model's family.
-            config: config.json of the checkpoint.
-
-        Raises:
-            EntropyPruneError: there is no such layer or method, or no server can run it.
-        """
-        shape = adapter.decoder_shape(config)
-        policy = policy.at_layer(adapter.default_layer, shape.layers)
-        selector = registry().selector(policy.method)
-        if "attention" in selector.needs:
-            raise UnsupportedError(
-                f"method {policy.method!r} reads attention maps, which a server's fused kernels "
-                "do not give; use transformers with attn_implementation='eager'"
-            )
-        return cls(policy, adapter, shape, selector)
-
-    @property
-    def layer(self) -> int:
-        """The first layer that sees the kept tokens only."""
-        assert isinstance(self.policy.layer, int)
-        return self.policy.layer
+    settings = Settings.of(policy, config)
+    if "attention" in settings.selector.needs:
+        raise UnsupportedError(
+            f"method {policy.method!r} reads attention maps, which a server's fused kernels do not "
+            "give; use transformers with attn_implementation='eager'"
+        )
+    return settings
 
 
 def wish_of(request: Request, pruned: bool) -> Any:

@@ -21,6 +21,8 @@ from ep_conformance.recording import Recording
 from ep_conformance.selection_cases import tf32_rounded
 from ep_core import plugins
 from ep_core.backend import Answer, BackendSpec, Capabilities, Request, Serving
+from ep_core.family import Placeholder
+from ep_core.plan import Run
 from ep_core.policy import PruningPolicy
 from ep_core.spans import VisualSpan
 
@@ -74,13 +76,13 @@ class Broken(TransformersBackend):
     def open(self, model: Path, policy: PruningPolicy | None, **options: Any) -> Any:
         session = super().open(model, policy, **options)
         if session.pruning is not None and self.defect == "off by one span":
-            adapter = session.pruning._adapter
+            family = session.pruning._family
 
-            def shifted(config: Any, ids: Sequence[int]) -> list[VisualSpan]:
-                spans = adapter.find_spans(config, ids)
-                return [VisualSpan(span.start - 1, span.stop - 1) for span in spans]
+            def shifted(config: Any, ids: Sequence[int]) -> list[Placeholder]:
+                found = family.find(config, ids)
+                return [Placeholder(Run(own.run.start - 1, own.run.stop - 1)) for own in found]
 
-            session.pruning._adapter = replace(adapter, find_spans=shifted)
+            session.pruning._family = replace(family, find=shifted)
         return session
 
 

@@ -5,7 +5,7 @@ import gc
 import numpy as np
 import pytest
 
-from ep_core.adapter import PatchGrid
+from ep_core.family import PatchGrid
 from ep_core.report import SpanRecord
 
 pytest.importorskip("PIL", reason="pictures come with the extra cli")

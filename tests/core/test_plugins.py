@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from ep_core import hookspecs
-from ep_core.adapter import ModelAdapter, PatchGrid
 from ep_core.backend import BackendSpec
 from ep_core.budget import DecoderShape
 from ep_core.errors import PluginError, UnsupportedError
+from ep_core.family import Decoder, Family, PatchGrid, Placeholder
 from ep_core.hookspecs import hookimpl
+from ep_core.plan import Run, runs_of
 from ep_core.plugins import ENV_BLOCK, collect, load_plugins
 from ep_core.selectors import Selector, SpanInputs, top_k
-from ep_core.spans import runs_of
 
 HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("entropyprune_"))
 
@@ -42,17 +42,15 @@ def a_selector(name="low-norm"):
     return Selector(name, "smallest hidden norm", frozenset({"hidden"}), lowest_norm)
 
 
-def an_adapter(model_type="my_vlm"):
-    return ModelAdapter(
+def a_family(model_type="my_vlm"):
+    return Family(
         model_type=model_type,
-        family="Mine",
+        name="Mine",
         default_layer=3,
         default_layer_source="a test",
-        find_spans=lambda config, token_ids: runs_of(token_ids, config["image_token_id"]),
-        decoder_shape=lambda config: DecoderShape(4, 8, 16, 2, 2, 4),
-        query_norm=lambda config: False,
+        decoder=lambda config: Decoder(DecoderShape(4, 8, 16, 2, 2, 4)),
+        find=lambda config, ids: [Placeholder(run) for run in runs_of(ids, config["image"])],
         patch_grid=lambda config, tokens, size: PatchGrid(1, tokens, (0, 0, *size)),
-        cut_along=(),
     )
 
 
@@ -76,15 +74,13 @@ def test_hook_entropyprune_selectors():
         registry.selector("high-norm")
 
 
-def test_hook_entropyprune_adapters():
-    registry = collect(manager_with(mine=plugin("entropyprune_adapters", an_adapter())))
-    adapter = registry.adapter("my_vlm")
-    assert [(s.start, s.stop) for s in adapter.find_spans({"image_token_id": 5}, [1, 5, 5])] == [
-        (1, 3)
-    ]
-    assert registry.providers["adapter my_vlm"] == "mine"
-    with pytest.raises(UnsupportedError, match=r"model type 'your_vlm'; there are my_vlm"):
-        registry.adapter("your_vlm")
+def test_hook_entropyprune_families():
+    registry = collect(manager_with(mine=plugin("entropyprune_families", a_family())))
+    family = registry.family("my_vlm")
+    assert family.find({"image": 5}, [1, 5, 5]) == [Placeholder(Run(1, 3))]
+    assert registry.providers["family my_vlm"] == "mine"
+    with pytest.raises(UnsupportedError, match=r"model type 'your_vlm' is no .*; there are my_vlm"):
+        registry.family("your_vlm")
 
 
 def test_hook_entropyprune_backends():
@@ -121,7 +117,7 @@ def test_every_hook_specification_has_an_example_and_is_never_called(hook):
     ("hook", "make", "kind"),
     [
         ("entropyprune_selectors", a_selector, "selector 'one'"),
-        ("entropyprune_adapters", an_adapter, "adapter 'one'"),
+        ("entropyprune_families", a_family, "family 'one'"),
         ("entropyprune_backends", lambda n: BackendSpec(n, "", print), "backend 'one'"),
     ],
 )
@@ -138,10 +134,10 @@ def test_one_name_in_two_kinds_is_no_conflict():
     registry = collect(
         manager_with(
             one=plugin("entropyprune_selectors", a_selector("same")),
-            two=plugin("entropyprune_adapters", an_adapter("same")),
+            two=plugin("entropyprune_families", a_family("same")),
         )
     )
-    assert registry.providers == {"selector same": "one", "adapter same": "two"}
+    assert registry.providers == {"selector same": "one", "family same": "two"}
 
 
 def raising():
@@ -185,7 +181,9 @@ def install(folder, entry_points, **modules):
 
 
 GOOD = """
+from ep_core.family import Decoder, Family, PatchGrid, Placeholder
 from ep_core.hookspecs import hookimpl
+from ep_core.plan import Run, runs_of
 from ep_core.selectors import Selector, top_k
 
 @hookimpl
@@ -204,7 +202,7 @@ with warnings.catch_warnings(record=True) as caught:
 print(json.dumps({
     "selectors": sorted(found.selectors),
     "backends": sorted(found.backends),
-    "adapters": sorted(found.adapters),
+    "families": sorted(found.families),
     "provider": found.providers.get("selector low-norm"),
     "imported": sorted(name for name in sys.modules if name.startswith("a_plugin")),
     "warnings": [str(w.message) for w in caught],
@@ -247,7 +245,7 @@ def test_installed_plugins_are_found_broken_ones_warn_and_blocked_ones_are_not_i
         ["broken"],
     ]
     assert "no_such_engine" in found["warnings"][1]
-    assert found["adapters"] == ["internvl", "llava", "qwen2_5_vl", "qwen2_vl"]
+    assert found["families"] == ["internvl", "llava", "qwen2_5_vl", "qwen2_vl"]
     assert "transformers" in found["backends"]
     assert not found["heavy"], "listing what there is imports transformers"
 
@@ -271,7 +269,7 @@ def test_our_own_plugins_come_by_the_same_route():
     }
     registry = collect(load_plugins())
     assert {"released", "rows", "trace", "set-entropy"} <= set(registry.selectors)
-    assert {"llava", "qwen2_5_vl"} <= set(registry.adapters)
+    assert {"llava", "qwen2_5_vl"} <= set(registry.families)
     assert "transformers" in registry.backends
     assert registry.providers["selector released"] in ours
     left = collect(load_plugins(blocked=ours))

@@ -128,7 +128,7 @@ class LMDeploySession:
         arguments: Mapping[str, Any],
     ) -> None:
         config = read_config(model)
-        adapter = registry().adapter(config["model_type"])
+        family = registry().family(config["model_type"])
         _check_device(device)
         check_placement(device, dtype)
         from lmdeploy import PytorchEngineConfig, pipeline
@@ -141,8 +141,8 @@ class LMDeploySession:
         self._pruned = policy is not None
         self._ratio = 1
         if policy is not None:
-            shape = adapter.decoder_shape(config)
-            policy = policy.at_layer(adapter.default_layer, shape.layers)
+            shape = family.decoder(config).shape
+            policy = policy.at_layer(family.default_layer, shape.layers)
             self._ratio = kv_ratio(policy, shape.layers)
         given = {**(CPU_ARGUMENTS if device == "cpu" else {}), **arguments}
         engine_config = PytorchEngineConfig(**given)

@@ -11,10 +11,10 @@ import importlib
 from collections.abc import Iterable
 from typing import Any
 
-from ep_backends.budgets import Settings
-from ep_core.adapter import Config, ModelAdapter
 from ep_core.errors import UnsupportedError
+from ep_core.family import Config, Family
 from ep_core.patching import AttachPoint, check_point, missing_parameters
+from ep_core.settings import Settings
 
 TESTED = "0.18.0"
 
@@ -231,12 +231,12 @@ def _has_flash_attention_3() -> bool:
     return True
 
 
-def check_model(config: Any, adapter: ModelAdapter, facts: Config) -> None:
+def check_model(config: Any, family: Family, facts: Config) -> None:
     """Refuse a model that pruning does not know in LMDeploy.
 
     Args:
         config: LMDeploy's `ModelConfig`.
-        adapter: of the model's family.
+        family: of the model's family.
         facts: the checkpoint's config.json.
 
     Raises:
@@ -249,7 +249,7 @@ def check_model(config: Any, adapter: ModelAdapter, facts: Config) -> None:
     architecture = (facts.get("auto_map") or {}).get("AutoModelForCausalLM", architectures[0])
     if architecture not in MODULE_MAP:
         raise UnsupportedError(
-            f"{adapter.family} as {architecture} is not supported in LMDeploy; supported are "
+            f"{family.name} as {architecture} is not supported in LMDeploy; supported are "
             f"{', '.join(MODULE_MAP)}"
         )
     if config.sliding_window > 0:
@@ -257,7 +257,7 @@ def check_model(config: Any, adapter: ModelAdapter, facts: Config) -> None:
             f"the model attends in a sliding window of {config.sliding_window} tokens, which "
             "pruning would shift; use a model without one"
         )
-    if adapter.query_norm(facts):
+    if family.decoder(facts).query_norm:
         raise UnsupportedError(
             "the decoder normalises its queries after the projection, where LMDeploy has no hook "
             "for them yet; use a model whose decoder is Qwen2 or Llama"

@@ -10,13 +10,13 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from ep_backends.budgets import KEY, Settings
+from ep_backends.budgets import KEY, server_settings
 from ep_backends.refusals import refusing
-from ep_core.adapter import Config
 from ep_core.errors import PolicyError, UnsupportedError
+from ep_core.family import Config
 from ep_core.patching import Patches
-from ep_core.plugins import registry
 from ep_core.policy import ENV, PruningPolicy
+from ep_core.settings import Settings
 
 _active: Patches | None = None
 _policy: PruningPolicy | None = None  # given to `activate`
@@ -180,7 +180,7 @@ def build_pytorch(
             override_hf_config(hf_config, overrides)
             facts = hf_config.to_dict()
             settings = settings_for(policy, facts)
-            check_model(ModelConfig.from_hf_config(hf_config, model_path), settings.adapter, facts)
+            check_model(ModelConfig.from_hf_config(hf_config, model_path), settings.family, facts)
             setattr(engine, KEY, settings)
             backend_config.hf_overrides = overrides | {KEY: Carried(settings.policy)}
     return original(
@@ -244,9 +244,9 @@ def settings_for(policy: PruningPolicy, facts: Config) -> Settings:
         facts: the checkpoint's configuration.
 
     Raises:
-        EntropyPruneError: there is no adapter, no such layer or no such method.
+        EntropyPruneError: there is no such family, no such layer or no such method.
     """
-    return Settings.of(policy, registry().adapter(facts["model_type"]), facts)
+    return server_settings(policy, facts)
 
 
 def settings_of(hf_config: Any) -> Settings | None:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ep_backends.budgets import KEY, Settings
+from ep_backends.budgets import KEY
 from ep_backends.lmdeploy.kv import PicturePlan, pages_below
 from ep_backends.selection import Ranks, choose
 from ep_core.errors import UnsupportedError
+from ep_core.settings import Settings
 from ep_core.spans import VisualSpan
 
 DROPPED = "entropyprune_dropped"  # inputs of a model's forward pass

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ep_backends.budgets import ENDS_INSIDE, KEY, LOGPROBS, OFF, Settings, keep_of, policy_of
+from ep_backends.budgets import ENDS_INSIDE, KEY, LOGPROBS, OFF, keep_of, policy_of
 from ep_backends.lmdeploy.kv import PicturePlan, kv_ratio
 from ep_backends.metrics import Metrics
 from ep_core.errors import EntropyPruneError, PolicyError
+from ep_core.settings import Settings
 from ep_core.spans import VisualSpan
 
 PERPLEXITY = "the request asks for the perplexity of its prompt"

@@ -121,7 +121,7 @@ class SGLangSession:
         arguments: Mapping[str, Any],
     ) -> None:
         config = read_config(model)
-        registry().adapter(config["model_type"])
+        registry().family(config["model_type"])
         architecture = (config.get("architectures") or [""])[0]
         if reason := BROKEN.get(architecture):
             raise UnsupportedError(reason)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ep_core.adapter import ModelAdapter
 from ep_core.errors import UnsupportedError
+from ep_core.family import Family
 from ep_core.patching import AttachPoint, missing_parameters
 
 TESTED = "0.5.23"
@@ -305,12 +305,12 @@ def check_arguments(arguments: Any) -> None:
         )
 
 
-def check_model(config: Any, adapter: ModelAdapter, config_json: dict[str, Any]) -> None:
+def check_model(config: Any, family: Family, config_json: dict[str, Any]) -> None:
     """Refuse models that the pools and hooks do not fit.
 
     Args:
         config: SGLang's `ModelConfig`.
-        adapter: of the model's family.
+        family: of the model's family.
         config_json: the checkpoint's config.json.
 
     Raises:
@@ -318,7 +318,7 @@ def check_model(config: Any, adapter: ModelAdapter, config_json: dict[str, Any])
     """
     if config.is_hybrid_swa or getattr(config.hf_text_config, "use_sliding_window", False):
         raise UnsupportedError("a decoder with sliding-window attention is not supported")
-    if adapter.query_norm(config_json):
+    if family.decoder(config_json).query_norm:
         raise UnsupportedError("a decoder that normalises its queries is not supported in SGLang")
     from sglang.srt.model_loader.utils import get_resolved_model_impl
 

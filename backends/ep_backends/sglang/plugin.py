@@ -14,13 +14,14 @@ from typing import Any
 
 import msgspec
 
-from ep_backends.budgets import KEY, Settings
+from ep_backends.budgets import KEY, server_settings
 from ep_backends.metrics import Metrics
 from ep_backends.refusals import StartRefused, refusing
 from ep_core.errors import EntropyPruneError, PolicyError, UnsupportedError
 from ep_core.patching import check_point
 from ep_core.plugins import registry
 from ep_core.policy import ENV, PruningPolicy
+from ep_core.settings import Settings
 
 _handed_over: str | None = None  # what this process put into ENTROPYPRUNE for its workers
 # Text-only traffic may lose this share of its token capacity, so that pictures gain the rest.
@@ -229,10 +230,9 @@ def settings_of(config: Any) -> Any:
     policy = PruningPolicy.from_environment()
     assert policy is not None
     facts = config.hf_config.to_dict() | {"text_config": config.hf_text_config.to_dict()}
-    adapter = registry().adapter(facts["model_type"])
-    check_model(config, adapter, facts)
+    check_model(config, registry().family(facts["model_type"]), facts)
     check_budget(policy)
-    settings = Settings.of(policy, adapter, facts)
+    settings = server_settings(policy, facts)
     setattr(config, KEY, settings)
     return settings
 

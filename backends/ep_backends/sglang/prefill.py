@@ -17,11 +17,11 @@ import torch
 from sglang.srt.layers.layer_boundary.residual import batch as residual
 from torch import nn
 
-from ep_backends.budgets import Settings
 from ep_backends.selection import choose
 from ep_backends.sglang.attention import PrunedAttention
 from ep_backends.sglang.requests import Carried, RequestPlan, plan_of
 from ep_core.errors import UnsupportedError
+from ep_core.settings import Settings
 from ep_core.spans import VisualSpan
 
 

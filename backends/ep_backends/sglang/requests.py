@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from ep_backends.budgets import ENDS_INSIDE, KEY, LOGPROBS, OFF, Settings, keep_of, policy_of
+from ep_backends.budgets import ENDS_INSIDE, KEY, LOGPROBS, OFF, keep_of, policy_of
 from ep_core.budget import FlopsReduction
 from ep_core.errors import UnsupportedError
 from ep_core.policy import PruningPolicy
+from ep_core.settings import Settings
 from ep_core.spans import VisualSpan
 
 SLACK = 2  # SGLang's admission keeps a slot of the pool free, and asks for one more than it needs

@@ -104,7 +104,7 @@ class TransformersSession(Session):
     def __init__(
         self, model: Path, policy: PruningPolicy | None, device: str, dtype: str | None
     ) -> None:
-        registry().adapter(read_config(model)["model_type"])
+        registry().family(read_config(model)["model_type"])
         check_placement(device, dtype)
         # only this attention gives the maps that some methods read
         maps = policy is not None and "attention" in registry().selector(policy.method).needs
@@ -119,7 +119,7 @@ class TransformersSession(Session):
             raise EntropyPruneError(f"{model} cannot be loaded: {error}") from None
         self.model.to(device).eval()
         self._config = self.model.config.to_dict()
-        self._adapter = registry().adapter(self._config["model_type"])
+        self._family = registry().family(self._config["model_type"])
         self.pruning = None if policy is None else enable(self.model, policy)
 
     def __exit__(self, *exception: object) -> None:
@@ -204,7 +204,8 @@ class TransformersSession(Session):
         return KVSlots(prompt_columns, cache.get_seq_length(layer) - generated)
 
     def _spans(self, token_ids: list[int]) -> list[VisualSpan]:
-        return self._adapter.find_spans(self._config, token_ids)
+        found = self._family.find(self._config, token_ids)
+        return [VisualSpan(one.run.start, one.run.stop) for one in found]
 
     def _until_end(self, ids: list[int]) -> list[int]:
         ends = self.model.generation_config.eos_token_id

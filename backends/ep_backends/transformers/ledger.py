@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from ep_core.adapter import ModelAdapter
 from ep_core.budget import FlopsReduction
 from ep_core.errors import UnsupportedError
+from ep_core.family import Family
 from ep_core.patching import AttachPoint, missing_parameters
 from ep_core.policy import PruningPolicy
 from ep_core.selectors import Selector
@@ -76,6 +76,9 @@ POINTS = (
     ),
 )
 
+# what else a decoder layer gets with one entry for each token
+CUT_ALONG = ("position_embeddings", "position_ids")
+
 ATTENTION = ("sdpa", "eager")
 GENERATION_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
@@ -89,9 +92,7 @@ _REFUSED_OPTIONS = _BY_LAYER | {
 }
 
 
-def check_decoder(
-    decoder: Any, adapter: ModelAdapter, selector: Selector, *, query_norm: bool
-) -> None:
+def check_decoder(decoder: Any, family: Family, selector: Selector, *, query_norm: bool) -> None:
     """Refuse decoders that the hooks, or the method, do not fit.
 
     Raises:
@@ -117,7 +118,7 @@ def check_decoder(
             f"a decoder with {', '.join(sorted(kinds - {'full_attention'}))} is not supported; "
             "supported is full_attention in every layer"
         )
-    names = ("hidden_states", "attention_mask", "past_key_values", *adapter.cut_along)
+    names = ("hidden_states", "attention_mask", "past_key_values", *CUT_ALONG)
     missing = missing_parameters(first.forward, names)
     attention = getattr(first, "self_attn", None)
     source = "q_norm" if query_norm else "q_proj"
@@ -129,8 +130,8 @@ def check_decoder(
         )
     if hasattr(attention, "q_norm") and not query_norm:
         raise UnsupportedError(
-            f"{type(first).__name__} normalises its queries, which the adapter of "
-            f"{adapter.family} does not know of; supported are decoders like Llama, Qwen2 and Qwen3"
+            f"{type(first).__name__} normalises its queries, which the family "
+            f"{family.name} does not know of; supported are decoders like Llama, Qwen2 and Qwen3"
         )
 
 

@@ -27,13 +27,14 @@ from transformers.masking_utils import create_causal_mask
 
 from ep_backends.transformers.cache import HeldColumns, check_cache, from_layer, held_columns
 from ep_backends.transformers.ledger import (
+    CUT_ALONG,
     check_decoder,
     check_generation,
     check_inputs,
     refuse_continuous_batching,
 )
-from ep_core.adapter import ModelAdapter
 from ep_core.errors import UnsupportedError
+from ep_core.family import Family
 from ep_core.patching import Patches
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
@@ -65,17 +66,17 @@ def enable(model: PreTrainedModel, policy: PruningPolicy | str) -> Pruning:
             f"{type(model).__name__} is no transformers model; of a wrapper such as PEFT's, "
             "enable what it wraps, as in enable(model.get_base_model(), policy)"
         )
-    adapter = registry().adapter(model.config.model_type)
+    family = registry().family(model.config.model_type)
     decoder = model.get_decoder()
     if active := getattr(decoder, _ACTIVE, None):
         raise UnsupportedError(
             f"pruning is already on with {active.policy}; disable it before enabling another"
         )
     config = model.config.to_dict()
-    policy = policy.at_layer(adapter.default_layer, adapter.decoder_shape(config).layers)
+    policy = policy.at_layer(family.default_layer, family.decoder(config).shape.layers)
     selector = registry().selector(policy.method)
-    check_decoder(decoder, adapter, selector, query_norm=adapter.query_norm(config))
-    return Pruning(model, policy, adapter, selector)
+    check_decoder(decoder, family, selector, query_norm=family.decoder(config).query_norm)
+    return Pruning(model, policy, family, selector)
 
 
 @dataclass
@@ -180,17 +181,17 @@ class Pruning:
         self,
         model: PreTrainedModel,
         policy: PruningPolicy,
-        adapter: ModelAdapter,
+        family: Family,
         selector: Selector,
     ) -> None:
         assert isinstance(policy.layer, int)
         self.policy = policy
         self.counters = PruneCounters()
         self._layer = policy.layer
-        self._adapter = adapter
+        self._family = family
         self._selector = selector
         self._config = model.config.to_dict()
-        self._shape = adapter.decoder_shape(self._config)
+        self._shape = family.decoder(self._config).shape
         self._decoder = model.get_decoder()
         self._signature = inspect.signature(model.base_model.forward)
         self._local = _Local()
@@ -232,7 +233,7 @@ class Pruning:
         hook(decoder.register_forward_hook(self._after_decoder))
         if "queries" in self._selector.needs:
             attention = layers[self._layer - 1].self_attn
-            normed = self._adapter.query_norm(self._config)
+            normed = self._family.decoder(self._config).query_norm
             projection = attention.q_norm if normed else attention.q_proj
             hook(projection.register_forward_hook(self._after_queries))
         if "attention" in self._selector.needs:
@@ -313,7 +314,8 @@ class Pruning:
             stop=columns[-1] + 1 if columns else 0,
         )
         try:
-            spans = self._adapter.find_spans(self._config, token_ids)
+            found = self._family.find(self._config, token_ids)
+            spans = [VisualSpan(one.run.start, one.run.stop) for one in found]
         except UnsupportedError as error:
             row.reason = str(error)
             return row
@@ -386,7 +388,7 @@ class Pruning:
             padding = ~held.take_along_dim(index, dim=1)
             columns = columns.take_along_dim(index, dim=1).masked_fill(padding, -1)
             hidden = hidden[_batch(index), index]  # whole rows: a gather goes by element
-            for name in self._adapter.cut_along:
+            for name in CUT_ALONG:
                 current.later_inputs[name] = _take(kwargs.get(name), index)
         columns, padded = HeldColumns.join(
             cache, self.policy, current.real.shape[1], columns, current.padded

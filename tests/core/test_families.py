@@ -1,4 +1,4 @@
-"""Adapters: where the pictures are, the decoder's sizes, and what every adapter must state."""
+"""Families: where the pictures are, the decoder's facts, and what every family must state."""
 
 import json
 import math
@@ -9,11 +9,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ep_adapters import internvl, llava, qwen2_5_vl
-from ep_adapters.decoder import decoder_shape, query_norm, text_config
+from ep_adapters.decoder import decoder_shape, read_decoder, text_config
 from ep_core.budget import DecoderShape
 from ep_core.errors import UnsupportedError
+from ep_core.family import Placeholder
+from ep_core.plan import Run
 from ep_core.plugins import registry
-from ep_core.spans import VisualSpan
 
 IMAGE, VIDEO, TEXT = 32000, 32001, 5
 LLAVA_TEXT = {
@@ -23,6 +24,10 @@ LLAVA_TEXT = {
     "intermediate_size": 11008,
     "num_attention_heads": 32,
 }
+
+
+def placed(start, stop):
+    return Placeholder(Run(start, stop))
 
 
 def llava_config(*, tower="clip_vision_model", strategy=None, image=28, patch=14, **more):
@@ -52,32 +57,32 @@ def llava_config(*, tower="clip_vision_model", strategy=None, image=28, patch=14
 def test_llava_tokens_of_one_picture(tower, strategy, image, patch, tokens):
     config = llava_config(tower=tower, strategy=strategy, image=image, patch=patch)
     assert llava.tokens_per_picture(config) == tokens
-    assert llava.find_spans(config, [TEXT] + [IMAGE] * tokens) == [VisualSpan(1, 1 + tokens)]
+    assert llava.find(config, [TEXT] + [IMAGE] * tokens) == [placed(1, 1 + tokens)]
 
 
 @pytest.mark.parametrize("strategy", ["default", "full"])
 def test_llava_adjacent_pictures_are_told_apart(strategy):
     size = 4 if strategy == "default" else 5
     ids = [TEXT, *[IMAGE] * (2 * size), TEXT, TEXT, *[IMAGE] * size, *[IMAGE] * size, TEXT]
-    spans = llava.find_spans(llava_config(strategy=strategy), ids)
+    spans = llava.find(llava_config(strategy=strategy), ids)
     starts = [1, 1 + size, 3 + 2 * size, 3 + 3 * size]
-    assert spans == [VisualSpan(start, start + size) for start in starts]
+    assert spans == [placed(start, start + size) for start in starts]
 
 
 @pytest.mark.parametrize("run", [1, 3, 5, 7])
 def test_llava_a_run_that_is_no_multiple_is_refused(run):
     with pytest.raises(UnsupportedError, match=f"a run of {run} image tokens is no multiple of 4"):
-        llava.find_spans(llava_config(), [IMAGE] * 4 + [TEXT] + [IMAGE] * run)
+        llava.find(llava_config(), [IMAGE] * 4 + [TEXT] + [IMAGE] * run)
 
 
 def test_llava_a_prompt_without_pictures_has_no_spans():
-    assert llava.find_spans(llava_config(), [TEXT, TEXT]) == []
-    assert llava.find_spans(llava_config(), []) == []
+    assert llava.find(llava_config(), [TEXT, TEXT]) == []
+    assert llava.find(llava_config(), []) == []
 
 
 def test_llava_a_tower_with_grids_by_picture_is_refused():
     with pytest.raises(UnsupportedError, match="pixtral tower is not supported") as caught:
-        llava.find_spans(llava_config(tower="pixtral"), [IMAGE] * 4)
+        llava.find(llava_config(tower="pixtral"), [IMAGE] * 4)
     assert "clip_vision_model, siglip_vision_model" in str(caught.value)
 
 
@@ -85,8 +90,8 @@ def test_llava_the_image_token_has_two_names_in_config():
     config = llava_config()
     del config["image_token_id"]
     with pytest.raises(UnsupportedError, match="names no image token"):
-        llava.find_spans(config, [7] * 4)
-    assert llava.find_spans(config | {"image_token_index": 7}, [7] * 4) == [VisualSpan(0, 4)]
+        llava.find(config, [7] * 4)
+    assert llava.find(config | {"image_token_index": 7}, [7] * 4) == [placed(0, 4)]
 
 
 @pytest.mark.parametrize(
@@ -125,20 +130,20 @@ QWEN = {
 
 def test_qwen_each_picture_between_its_vision_tokens_is_a_span():
     ids = [TEXT, 1, *[IMAGE] * 6, 2, 1, *[IMAGE] * 9, 2, TEXT, 1, IMAGE, 2]
-    assert qwen2_5_vl.find_spans(QWEN, ids) == [
-        VisualSpan(2, 8),
-        VisualSpan(10, 19),
-        VisualSpan(22, 23),
+    assert qwen2_5_vl.find(QWEN, ids) == [
+        placed(2, 8),
+        placed(10, 19),
+        placed(22, 23),
     ]
 
 
 def test_qwen_a_prompt_without_pictures_has_no_spans():
-    assert qwen2_5_vl.find_spans(QWEN, [TEXT, 1, 2]) == []
+    assert qwen2_5_vl.find(QWEN, [TEXT, 1, 2]) == []
 
 
 def test_qwen_video_is_refused():
     with pytest.raises(UnsupportedError, match="video"):
-        qwen2_5_vl.find_spans(QWEN, [1, IMAGE, 2, 1, VIDEO, VIDEO, 2])
+        qwen2_5_vl.find(QWEN, [1, IMAGE, 2, 1, VIDEO, VIDEO, 2])
 
 
 def resized_grid(width, height, cell=28, least=4 * 28 * 28, most=1280 * 28 * 28):
@@ -169,7 +174,7 @@ def test_qwen_any_grid_has_a_cell_for_each_token(tokens, width, height):
     assert grid.rows * grid.columns == tokens
 
 
-# config.json of Qwen/Qwen2-VL-2B-Instruct, without settings that no adapter reads
+# config.json of Qwen/Qwen2-VL-2B-Instruct, without settings that no family reads
 PUBLISHED_QWEN2_VL = """{
   "architectures": ["Qwen2VLForConditionalGeneration"],
   "hidden_size": 1536,
@@ -201,19 +206,19 @@ def nested(config):
 @pytest.mark.parametrize("layout", [dict, nested])
 def test_the_published_qwen2_vl_checkpoint_in_either_layout(layout):
     config = layout(json.loads(PUBLISHED_QWEN2_VL))
-    adapter = registry().adapter("qwen2_vl")
-    assert adapter.decoder_shape(config) == DecoderShape(
+    family = registry().family("qwen2_vl")
+    assert family.decoder(config).shape == DecoderShape(
         layers=28, hidden_size=1536, intermediate_size=8960, heads=12, kv_heads=2, head_dim=128
     )
-    assert adapter.query_norm(config) is False
+    assert family.decoder(config).query_norm is False
     picture = [151652, *[151655] * 4, 151653]
-    spans = [VisualSpan(2, 6), VisualSpan(8, 12)]
-    assert adapter.find_spans(config, [TEXT, *picture, *picture, TEXT]) == spans
+    spans = [placed(2, 6), placed(8, 12)]
+    assert family.find(config, [TEXT, *picture, *picture, TEXT]) == spans
     with pytest.raises(UnsupportedError, match="video"):
-        adapter.find_spans(config, [*picture, 151652, 151656, 151653])
+        family.find(config, [*picture, 151652, 151656, 151653])
 
 
-# config.json of OpenGVLab/InternVL3-1B-hf, without settings that no adapter reads
+# config.json of OpenGVLab/InternVL3-1B-hf, without settings that no family reads
 PUBLISHED_INTERNVL = """{
   "architectures": ["InternVLForConditionalGeneration"],
   "downsample_ratio": 0.5,
@@ -241,25 +246,25 @@ def internvl_picture(tiles):
 
 def test_internvl_a_picture_with_all_its_tiles_is_one_span():
     ids = [TEXT, *internvl_picture(1), *internvl_picture(4), TEXT, *internvl_picture(2)]
-    assert internvl.find_spans(INTERNVL, ids) == [
-        VisualSpan(2, 6),
-        VisualSpan(8, 28),
-        VisualSpan(31, 43),
+    assert internvl.find(INTERNVL, ids) == [
+        placed(2, 6),
+        placed(8, 28),
+        placed(31, 43),
     ]
-    assert internvl.find_spans(INTERNVL, [TEXT, OPEN, CLOSE]) == []
+    assert internvl.find(INTERNVL, [TEXT, OPEN, CLOSE]) == []
 
 
 @pytest.mark.parametrize("run", [1, 3, 5, 8, 13])
 def test_internvl_a_run_that_is_no_picture_is_refused(run):
     """Eight tokens are two tiles, and so two pictures that touch."""
     with pytest.raises(UnsupportedError, match=f"a run of {run} image tokens is no picture"):
-        internvl.find_spans(INTERNVL, [*internvl_picture(1), TEXT, *[IMAGE] * run, TEXT])
+        internvl.find(INTERNVL, [*internvl_picture(1), TEXT, *[IMAGE] * run, TEXT])
 
 
 def test_internvl_the_tokens_of_a_tile_must_be_known():
     config = {key: INTERNVL[key] for key in INTERNVL if key != "image_seq_length"}
     with pytest.raises(UnsupportedError, match="image_seq_length"):
-        internvl.find_spans(config, internvl_picture(1))
+        internvl.find(config, internvl_picture(1))
 
 
 @pytest.mark.parametrize("size", [(448, 448), (1000, 600), (101, 900)])
@@ -278,9 +283,9 @@ def test_internvl_several_tiles_have_no_grid():
 def test_internvl_facts_of_the_decoder_come_from_the_decoder(decoder, norm):
     config = json.loads(PUBLISHED_INTERNVL)
     config["text_config"] |= {"model_type": decoder}
-    adapter = registry().adapter("internvl")
-    assert adapter.query_norm(config) is norm
-    assert adapter.decoder_shape(config) == DecoderShape(
+    family = registry().family("internvl")
+    assert family.decoder(config).query_norm is norm
+    assert family.decoder(config).shape == DecoderShape(
         layers=24, hidden_size=896, intermediate_size=4864, heads=14, kv_heads=2, head_dim=64
     )
 
@@ -345,15 +350,15 @@ PUBLISHED_LLAVA = """{
 
 def test_the_published_llava_checkpoint_has_a_decoder_shape():
     config = json.loads(PUBLISHED_LLAVA)
-    assert registry().adapter("llava").decoder_shape(config) == DecoderShape(
+    assert registry().family("llava").decoder(config).shape == DecoderShape(
         layers=32, hidden_size=4096, intermediate_size=11008, heads=32, kv_heads=32, head_dim=128
     )
 
 
 def test_the_published_llava_checkpoint_has_spans():
     config = json.loads(PUBLISHED_LLAVA)
-    spans = registry().adapter("llava").find_spans(config, [1, *[32000] * 1152, 2])
-    assert spans == [VisualSpan(1, 577), VisualSpan(577, 1153)]
+    spans = registry().family("llava").find(config, [1, *[32000] * 1152, 2])
+    assert spans == [placed(1, 577), placed(577, 1153)]
 
 
 def test_a_decoder_whose_sizes_are_unknown_is_unsupported_and_not_a_key_error():
@@ -365,41 +370,52 @@ def test_a_decoder_whose_sizes_are_unknown_is_unsupported_and_not_a_key_error():
     ("model_type", "norm"), [("llama", False), ("qwen2", False), ("qwen3", True), (None, False)]
 )
 def test_query_norm_is_a_fact_of_the_decoder(model_type, norm):
-    assert query_norm({"text_config": {"model_type": model_type, "hidden_size": 1}}) is norm
+    config = {"text_config": LLAVA_TEXT | {"model_type": model_type}}
+    assert read_decoder(config).query_norm is norm
 
 
-ADAPTERS = sorted(registry().adapters.items())
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ({}, {"full_attention"}),
+        ({"layer_types": ["full_attention", "full_attention"]}, {"full_attention"}),
+        ({"layer_types": ["linear_attention", "full_attention"]}, None),
+        ({"sliding_window": 4096}, {"full_attention", "sliding_attention"}),  # Mistral
+        ({"sliding_window": 32768, "use_sliding_window": False}, {"full_attention"}),  # Qwen2
+        ({"sliding_window": 64, "use_sliding_window": True}, None),
+    ],
+)
+def test_kinds_of_layers_are_read_off_the_configuration(text, kinds):
+    found = read_decoder({"text_config": LLAVA_TEXT | text}).layer_kinds
+    assert found == kinds if kinds else len(found) == 2
+
+
+FAMILIES = sorted(registry().families.items())
 
 
 def test_all_families_are_registered():
-    assert {"internvl", "llava", "qwen2_5_vl", "qwen2_vl"} <= {name for name, _ in ADAPTERS}
+    assert {"internvl", "llava", "qwen2_5_vl", "qwen2_vl"} <= {name for name, _ in FAMILIES}
     assert "adapters" in {entry.name for entry in entry_points(group="entropyprune")}
 
 
-@pytest.mark.parametrize(("name", "adapter"), ADAPTERS, ids=[name for name, _ in ADAPTERS])
-def test_every_adapter_states_a_usable_default_layer_and_its_source(name, adapter):
-    assert adapter.model_type == name
-    assert adapter.family.strip()
-    assert type(adapter.default_layer) is int
-    assert adapter.default_layer >= 1
-    assert len(adapter.default_layer_source.split()) >= 3, "say where the layer comes from"
-
-
-@pytest.mark.parametrize(("name", "adapter"), ADAPTERS, ids=[name for name, _ in ADAPTERS])
-def test_every_adapter_cuts_positions_along(name, adapter):
-    assert "position_ids" in adapter.cut_along
-    assert len(set(adapter.cut_along)) == len(adapter.cut_along)
+@pytest.mark.parametrize(("name", "family"), FAMILIES, ids=[name for name, _ in FAMILIES])
+def test_every_family_states_a_usable_default_layer_and_its_source(name, family):
+    assert family.model_type == name
+    assert family.name.strip()
+    assert type(family.default_layer) is int
+    assert family.default_layer >= 1
+    assert len(family.default_layer_source.split()) >= 3, "say where the layer comes from"
 
 
 @pytest.mark.parametrize(("name", "layer"), [("llava", 2), ("qwen2_5_vl", 1)])
 def test_default_layers_are_those_of_the_released_code(name, layer):
-    adapter = registry().adapter(name)
-    assert adapter.default_layer == layer
-    assert "constant" in adapter.default_layer_source
+    family = registry().family(name)
+    assert family.default_layer == layer
+    assert "constant" in family.default_layer_source
 
 
 @pytest.mark.parametrize("name", ["internvl", "qwen2_vl"])
 def test_a_default_layer_from_another_family_says_so(name):
-    adapter = registry().adapter(name)
-    assert adapter.default_layer == registry().adapter("llava").default_layer
-    assert adapter.default_layer_source.startswith("that of LLaVA-1.5")
+    family = registry().family(name)
+    assert family.default_layer == registry().family("llava").default_layer
+    assert family.default_layer_source.startswith("that of LLaVA-1.5")
