@@ -16,9 +16,9 @@ import torch
 from ep_core.budget import Budget
 from ep_core.errors import UnsupportedError
 from ep_core.patching import PointStatus
+from ep_core.plan import RequestPlan
 from ep_core.policy import PruningPolicy
 from ep_core.report import SpanRecord
-from ep_core.spans import VisualSpan
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -207,22 +207,23 @@ class Backend(Protocol):
     def select(
         self,
         method: str,
-        spans: Sequence[VisualSpan],
-        keep: Sequence[int],
+        plan: RequestPlan,
         *,
         queries: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
         device: str = "cpu",
     ) -> list[list[int]]:
-        """Select through the engine's own selection path, for conformance level 1.
+        """Select through the hooks that requests run through, for conformance level 1.
 
         Args:
             method: name of a selector.
-            spans: spans of one prompt of T tokens.
-            keep: tokens kept per span.
+            plan: of a prompt of T tokens.
             queries: `[T, H, D]`, for selectors that need queries.
             hidden: `[T, d]`, for selectors that need hidden states.
             device: where to select.
+
+        Returns:
+            Of each unit that loses tokens the indices of those that stay, ascending.
         """
 
     def server_command(self, arguments: Sequence[str]) -> list[str]:

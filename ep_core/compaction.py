@@ -365,4 +365,4 @@ class Pass:
 
 def _on_device(values: Sequence[int], device: torch.device) -> torch.Tensor:
     """Host integers as an int64 tensor, without waiting for the device."""
-    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+    return torch.tensor(values, dtype=torch.int64, device="cpu").to(device, non_blocking=True)

@@ -171,6 +171,17 @@ class RequestPlan:
             raise EntropyPruneError(f"a plan drops tokens or says why not: {self}")
 
     @classmethod
+    def of(
+        cls,
+        units: Sequence[PlannedUnit],
+        prompt_tokens: int,
+        whole: Reason = Reason.KEEPS_ALL,
+    ) -> RequestPlan:
+        """The plan of these units; `whole` is why, if all of their tokens stay."""
+        drops = any(planned.dropped for planned in units)
+        return cls(tuple(units), prompt_tokens, None if drops else whole)
+
+    @classmethod
     def whole(
         cls, units: Sequence[Unit], prompt_tokens: int, reason: Reason, detail: str = ""
     ) -> RequestPlan:

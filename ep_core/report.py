@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
+
+from ep_core.plan import RequestPlan
 
 
 @dataclass(frozen=True)
 class SpanRecord:
-    """One picture of a prompt.
+    """One unit of a prompt: a picture.
 
     Attributes:
-        start, stop: the span `[start, stop)` in the prompt, padding not counted.
-        kept: tokens that layers >= K see, relative to `start`, ascending.
+        start, stop: where it begins and ends in the prompt, padding not counted.
+        kept: its tokens that layers >= K see, relative to `start`, ascending.
     """
 
     start: int
@@ -27,10 +30,28 @@ class SpanRecord:
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """What happened to one request: its pictures, and why nothing was pruned if nothing was."""
+    """What happened to one request: its units, and why nothing was pruned if nothing was."""
 
     spans: tuple[SpanRecord, ...] = ()
     reason: str | None = None
+
+    @classmethod
+    def of(cls, plan: RequestPlan, kept: Iterable[Sequence[int]], first: int = 0) -> Self:
+        """The record of a plan that was carried out.
+
+        Args:
+            plan: of the prompt.
+            kept: of each unit that loses tokens, in order, the indices of those that stayed.
+            first: prompt position of the plan's position 0; earlier turns of a conversation count.
+        """
+        chosen = iter(kept)
+        spans = []
+        for planned in plan.units:
+            unit, stays = planned.unit, planned.unit.offsets
+            if planned.dropped:
+                stays = [stays[index] for index in next(chosen)]
+            spans.append(SpanRecord(first + unit.start, first + unit.stop, tuple(stays)))
+        return cls(tuple(spans), plan.why)
 
 
 @dataclass

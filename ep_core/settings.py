@@ -109,10 +109,8 @@ class Settings:
                     raise
                 counts, fits = [len(unit) for unit in group], False
             planned += [PlannedUnit(*pair) for pair in zip(group, counts, strict=True)]
-        reason = None
-        if not any(one.dropped for one in planned):
-            reason = Reason.KEEPS_ALL if fits else Reason.DOES_NOT_FIT
-        return RequestPlan(tuple(planned), prompt_tokens, reason)
+        whole = Reason.KEEPS_ALL if fits else Reason.DOES_NOT_FIT
+        return RequestPlan.of(planned, prompt_tokens, whole)
 
     def _counts(
         self, policy: PruningPolicy, units: Sequence[Unit], prompt_tokens: int

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 
+from ep_core.plan import RequestPlan, Unit
 from ep_core.plugins import registry
 from ep_core.selectors import Selector, SpanInputs
-from ep_core.spans import VisualSpan
 
 
 class Ranks(Protocol):
@@ -50,8 +49,7 @@ def choose(
 
 def select(
     method: str,
-    spans: Sequence[VisualSpan],
-    keep: Sequence[int],
+    plan: RequestPlan,
     *,
     queries: torch.Tensor | None = None,
     hidden: torch.Tensor | None = None,
@@ -59,11 +57,16 @@ def select(
 ) -> list[list[int]]:
     """`Backend.select` of an engine that uses `choose`: each picture apart, one after the other."""
 
-    def cut(tensor: torch.Tensor | None, span: VisualSpan) -> torch.Tensor | None:
-        return None if tensor is None else tensor[span.start : span.stop].to(device)
+    def cut(tensor: torch.Tensor | None, unit: Unit) -> torch.Tensor | None:
+        return None if tensor is None else tensor[unit.start : unit.stop].to(device)
 
     selector = registry().selector(method)
     return [
-        choose(selector, k, queries=cut(queries, span), hidden=cut(hidden, span)).tolist()
-        for span, k in zip(spans, keep, strict=True)
+        choose(
+            selector,
+            planned.keep,
+            queries=cut(queries, planned.unit),
+            hidden=cut(hidden, planned.unit),
+        ).tolist()
+        for planned in plan.pruned
     ]

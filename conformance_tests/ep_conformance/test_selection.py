@@ -9,8 +9,8 @@ import pytest
 from ep_conformance.comparison import shorten
 from ep_conformance.selection_cases import SelectionCase, scores, stored_cases, stored_tensors
 from ep_core.backend import Backend
-from ep_core.report import SpanRecord
-from ep_core.spans import VisualSpan
+from ep_core.plan import PlannedUnit, RequestPlan, Run, Unit
+from ep_core.report import RequestRecord, SpanRecord
 
 CASES = [
     pytest.param(case, id=case.name, marks=pytest.mark.row(f"selection: {case.method}"))
@@ -27,15 +27,21 @@ def test_kept_indices(
 ) -> None:
     """The backend keeps exactly the stored tokens of every span."""
     tensor = stored_tensors()[case.tensor]
-    kept = backend.select(
+    units = [
+        PlannedUnit(Unit((Run(*span),)), keep)
+        for span, keep in zip(case.spans, case.keep, strict=True)
+    ]
+    plan = RequestPlan.of(units, len(tensor))
+    chosen = backend.select(
         case.method,
-        [VisualSpan(*span) for span in case.spans],
-        case.keep,
+        plan,
         queries=tensor if tensor.ndim == 3 else None,
         hidden=tensor if tensor.ndim == 2 else None,
         device=device,
     )
-    assert len(kept) == len(case.spans), f"{len(kept)} spans answered, {len(case.spans)} asked"
+    pruned = sum(1 for _ in plan.pruned)
+    assert len(chosen) == pruned, f"{len(chosen)} units answered, {pruned} asked"
+    kept = [list(span.kept) for span in RequestRecord.of(plan, chosen).spans]
     spans = [
         SpanRecord(*span, tuple(actual)).to_json()
         for span, actual in zip(case.spans, kept, strict=True)

@@ -22,11 +22,16 @@ from ep_conformance.selection_cases import tf32_rounded
 from ep_core import plugins
 from ep_core.backend import Answer, BackendSpec, Capabilities, Request, Serving
 from ep_core.family import Placeholder
-from ep_core.plan import Run
+from ep_core.plan import PlannedUnit, RequestPlan, Run, Unit
 from ep_core.policy import PruningPolicy
 from ep_core.spans import VisualSpan
 
 Choose = Any
+
+
+def planned(spans: Sequence[tuple[int, int]], keep: Sequence[int], tokens: int) -> RequestPlan:
+    units = [PlannedUnit(Unit((Run(*span),)), k) for span, k in zip(spans, keep, strict=True)]
+    return RequestPlan.of(units, tokens)
 
 
 class Broken(TransformersBackend):
@@ -38,28 +43,32 @@ class Broken(TransformersBackend):
     def select(
         self,
         method: str,
-        spans: Sequence[VisualSpan],
-        keep: Sequence[int],
+        plan: RequestPlan,
         *,
         queries: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
         device: str = "cpu",
     ) -> list[list[int]]:
         given = {"queries": queries, "hidden": hidden}
+        spans = [planned.unit for planned in plan.pruned]
+        keep = [planned.keep for planned in plan.pruned]
         tensor = queries if hidden is None else hidden
         assert tensor is not None
         if self.defect == "ties to the highest index":
             last = len(tensor) - 1
             given = {name: None if t is None else t.flip(0) for name, t in given.items()}
-            mirrored = [VisualSpan(last + 1 - s.stop, last + 1 - s.start) for s in spans]
-            kept = super().select(method, mirrored, keep, **given)
-            return [sorted(len(s) - 1 - i for i in own) for s, own in zip(spans, kept, strict=True)]
+            mirrored = [(last + 1 - s.stop, last + 1 - s.start) for s in reversed(spans)]
+            kept = super().select(method, planned(mirrored, keep[::-1], last + 1), **given)
+            pairs = zip(spans, reversed(kept), strict=True)
+            return [sorted(len(s) - 1 - i for i in own) for s, own in pairs]
         if self.defect == "off by one span":
-            spans = [VisualSpan(max(0, s.start - 1), s.stop - 1) for s in spans]
+            moved = [(max(0, s.start - 1), s.stop - 1) for s in spans]
+            plan = planned(moved, keep, len(tensor))
         if self.defect == "top-k across images":
             tokens = [t for s in spans for t in range(s.start, s.stop)]
             given = {name: None if t is None else t[tokens] for name, t in given.items()}
-            (kept,) = super().select(method, [VisualSpan(0, len(tokens))], [sum(keep)], **given)
+            joined = planned([(0, len(tokens))], [sum(keep)], len(tokens))
+            (kept,) = super().select(method, joined, **given) or [range(len(tokens))]
             chosen = {tokens[i] for i in kept}
             return [[t - s.start for t in range(s.start, s.stop) if t in chosen] for s in spans]
         if self.defect == "TF32 score" and queries is not None:
@@ -71,7 +80,7 @@ class Broken(TransformersBackend):
                 name: None if t is None else t.nan_to_num(1e4, 1e4, -1e4)
                 for name, t in given.items()
             }
-        return super().select(method, spans, keep, **given)
+        return super().select(method, plan, **given)
 
     def open(self, model: Path, policy: PruningPolicy | None, **options: Any) -> Any:
         session = super().open(model, policy, **options)

@@ -7,10 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ep_core import kernels
 from ep_core.compaction import HIDDEN, QUERIES, Pass
 from ep_core.errors import EntropyPruneError
-from ep_core.plan import PlannedUnit, Reason, RequestPlan, Run, Unit
+from ep_core.plan import PlannedUnit, RequestPlan, Run, Unit
 from ep_core.selectors import Selector, entropyprune_selectors, top_k
+
+from ..host_sync import KERNELS, NoWaiting  # noqa: TID252 # tests are no installed package
 
 SELECTORS = {selector.name: selector for selector in entropyprune_selectors()}
 # a method whose choice can be read off the tensors: the largest first entries
@@ -24,10 +27,7 @@ def unit(*runs):
 
 
 def plan_of(tokens, *units):
-    planned = tuple(PlannedUnit(*pair) for pair in units)
-    if any(one.dropped for one in planned):
-        return RequestPlan(planned, tokens)
-    return RequestPlan(planned, tokens, Reason.KEEPS_ALL)
+    return RequestPlan.of([PlannedUnit(*pair) for pair in units], tokens)
 
 
 def expected_positions(plan, hidden):
@@ -268,18 +268,24 @@ def test_nothing_is_taken_before_the_tokens_are_chosen():
 
 
 @pytest.mark.parametrize("name", sorted(SELECTORS))
-def test_nothing_waits_for_the_device(name):
-    """On tensors without values anything that would need one on the host fails."""
+def test_nothing_waits_for_the_device(monkeypatch, name):
+    """A prompt in two chunks, the first of which ends inside the second picture."""
+    monkeypatch.setitem(kernels._found, "meta", KERNELS)
+    with NoWaiting():
+        take_on_meta(SELECTORS[name])
+
+
+def take_on_meta(selector):
     current = Pass()
     plan = plan_of(40, (unit((2, 12), (13, 20)), 3), (unit((22, 34)), 4))
     part = current.add(plan, 26).waiting
     hidden, queries = torch.empty(26, 16, device="meta"), torch.empty(26, 4, 8, device="meta")
-    current.choose(SELECTORS[name], hidden, queries)
+    current.choose(selector, hidden, queries)
     current.take(hidden, HIDDEN)
     current.take(torch.empty(26, device="meta"), "positions")
     rest = Pass()
     rest.add(plan, 14, prefix=26, waiting=part)
-    rest.choose(SELECTORS[name], hidden[:14], queries[:14])
+    rest.choose(selector, hidden[:14], queries[:14])
     assert rest.spread(rest.take(hidden[:14], HIDDEN), 0.0).shape == (14, 16)
     assert rest.take(torch.empty(14, device="meta"), "positions").shape == (10,)
     assert rest.units[0].gone.shape == (8,)

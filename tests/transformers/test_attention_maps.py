@@ -4,8 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from ep_adapters.plugin import entropyprune_adapters
-from ep_backends.budgets import Settings
+from ep_backends.budgets import server_settings
 from ep_backends.transformers import enable
 from ep_core import UnsupportedError
 from ep_core.backend import Request
@@ -100,7 +99,6 @@ def test_an_engine_without_maps_refuses_such_a_method(lab, given):
     qwen = lab("qwen-gqa")
     with pytest.raises(UnsupportedError, match="'spy' reads attention maps, which 'sdpa' does"):
         enable(qwen.model(), POLICY)
-    (adapter,) = (a for a in entropyprune_adapters() if a.model_type == "qwen2_5_vl")
     with pytest.raises(UnsupportedError, match="'spy' reads attention maps, which a server's"):
-        Settings.of(PruningPolicy.parse(POLICY), adapter, read_config(qwen.path))
+        server_settings(PruningPolicy.parse(POLICY), read_config(qwen.path))
     assert given == []

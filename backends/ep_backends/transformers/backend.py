@@ -27,6 +27,7 @@ from ep_core.checkpoint import read_config
 from ep_core.entropy import layer_entropy
 from ep_core.errors import EntropyPruneError, UnsupportedError
 from ep_core.patching import PointStatus, check_point
+from ep_core.plan import RequestPlan
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
 from ep_core.report import RequestRecord
@@ -62,15 +63,15 @@ class TransformersBackend(Backend):
     def select(
         self,
         method: str,
-        spans: Sequence[VisualSpan],
-        keep: Sequence[int],
+        plan: RequestPlan,
         *,
         queries: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
         device: str = "cpu",
     ) -> list[list[int]]:
         """Select as the hooks do, with the prompt as the only row of a batch."""
-        row = Row(spans, keep)
+        spans = [VisualSpan(one.unit.start, one.unit.stop) for one in plan.pruned]
+        row = Row(spans, [one.keep for one in plan.pruned])
         choose(
             registry().selector(method),
             [row],
