@@ -1,0 +1,1 @@
+"""What the backends of several engines share; nothing here knows an engine."""
