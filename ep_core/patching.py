@@ -39,10 +39,10 @@ class AttachPoint:
 
 @dataclass(frozen=True)
 class PointStatus:
-    """An attach point as found or left: `ok` (it fits), `applied`, or `FAILED` with a reason."""
+    """An attach point as found: `ok` with what it is for, or `FAILED` with a reason."""
 
     target: str
-    state: Literal["ok", "applied", "FAILED"]
+    state: Literal["ok", "FAILED"]
     detail: str
 
     def __str__(self) -> str:
