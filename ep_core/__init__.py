@@ -13,8 +13,6 @@ from ep_core.policy import PruningPolicy
 from ep_core.selectors import Selector, SpanInputs
 from ep_core.spans import VisualSpan
 
-__version__ = "0.1.0"
-
 __all__ = [
     "BudgetError",
     "DecoderShape",

@@ -7,8 +7,8 @@ The same lines work with LLaVA-1.5 and Qwen2.5-VL checkpoints and `AutoProcessor
 
 from transformers import AutoModelForImageTextToText
 
+from ep_backends.shared.processor import load_processor
 from ep_backends.transformers import enable
-from ep_backends.transformers.processor import load_processor
 from ep_core import demo
 
 model = AutoModelForImageTextToText.from_pretrained(demo.MODEL)

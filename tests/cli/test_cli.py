@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from entropyprune.cli import main
 from ep_backends.transformers.backend import TransformersBackend
-from ep_core import cli, demo
+from ep_core import demo
 from ep_core.ecl import EntropyProfile
 from ep_core.errors import EntropyPruneError
 
@@ -29,7 +30,7 @@ def entropyprune(monkeypatch, capsys):
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["entropyprune", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:
-            cli.main()
+            main.main()
         out, err = capsys.readouterr()
         return exit_.value.code, out, err
 
@@ -321,9 +322,9 @@ def test_a_damaged_checkpoint_is_one_line(entropyprune, tmp_path, damage):
 
 
 def test_output_that_cannot_be_written_is_one_line():
-    command = Path(sys.executable).with_name("entropyprune")
+    command = [sys.executable, "-m", "entropyprune", "list"]
     with open("/dev/full", "w") as full:
-        result = subprocess.run([command, "list"], stdout=full, stderr=subprocess.PIPE, text=True)
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode != 0
     assert "Traceback" not in result.stderr
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from ep_backends.shared.processor import encode
 from ep_backends.transformers.backend import TransformersBackend
-from ep_backends.transformers.processor import encode
 from ep_conformance.comparison import NOISE_CAP, NOISE_MARGIN, Expected, Pruned, expect
 from ep_conformance.oracle import OracleResult, token_score
 from ep_conformance.test_engine import CASES, contents

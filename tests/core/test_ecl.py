@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ep_core.ecl import EntropyProfile, find_collapse_layer, plot_profile
+from ep_core.ecl import EntropyProfile, find_collapse_layer
 from ep_core.errors import EntropyPruneError
 
 WIDTHS = st.integers(3, 12)
@@ -181,20 +181,3 @@ def test_text_that_is_no_profile_is_one_line_of_error(text):
         EntropyProfile.from_json(text)
     assert type(caught.value) is EntropyPruneError
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("drop", [0.2, 0.0], ids=["collapse", "none"])
-def test_the_plot_is_a_png_with_something_on_it(tmp_path, drop):
-    image = pytest.importorskip("PIL.Image", reason="pictures come with the extra cli")
-    pytest.importorskip("matplotlib", reason="plots come with the extra plot")
-    values = profile(falling(drop=drop))
-    found = find_collapse_layer(values)
-    assert (found.layer is None) == (drop == 0)
-    path = tmp_path / "profile.png"
-    plot_profile(values, found, path)
-    with image.open(path) as picture:
-        assert picture.format == "PNG"
-        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-    assert len(np.unique(pixels, axis=0)) > 50, "one colour: nothing was drawn"
-    red = ((pixels == (214, 39, 40)).all(axis=1)).sum()  # the line at the collapse layer
-    assert (red > 100) == (found.layer is not None), f"{red} red pixels for layer {found.layer}"

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
+from ep_backends.shared.pictures import read_picture
 from ep_core import demo
-from ep_core.pictures import read_picture
 
 from ..servers import counters, post  # noqa: TID252 # tests are no installed package
 
@@ -132,7 +132,7 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     # 100 of the 144 tokens of a demonstration picture
     policy = "layer=2,keep=100,method=set-entropy"
-    command = ("ep_core.cli", "serve", "lmdeploy", "--policy", policy, "--", *API_SERVER)
+    command = ("entropyprune", "serve", "lmdeploy", "--policy", policy, "--", *API_SERVER)
     with serve(folder, *command) as address:
         yield address
 

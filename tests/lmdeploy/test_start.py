@@ -108,7 +108,10 @@ def test_undo_restores_every_function():
 
 def test_doctor_shows_every_point():
     done = subprocess.run(
-        [sys.executable, "-m", "ep_core.cli", "doctor"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "entropyprune", "doctor"],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for point in ledger.POINTS:

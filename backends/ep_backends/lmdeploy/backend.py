@@ -17,11 +17,11 @@ import torch
 
 from ep_backends.budgets import KEY, wish_of
 from ep_backends.selection import select
+from ep_backends.shared.pictures import read_picture
 from ep_core.backend import Answer, Capabilities, KVSlots, Request, Serving, check_placement
 from ep_core.checkpoint import read_config
 from ep_core.errors import EntropyPruneError, UnsupportedError
 from ep_core.patching import PointStatus, check_point
-from ep_core.pictures import read_picture
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy, no_policy_in_environment
 from ep_core.report import SpanRecord
@@ -135,7 +135,7 @@ class LMDeploySession:
 
         from ep_backends.lmdeploy.kv import kv_ratio
         from ep_backends.lmdeploy.plugin import activate
-        from ep_backends.transformers.processor import load_processor
+        from ep_backends.shared.processor import load_processor
 
         self._processor = load_processor(model)
         self._pruned = policy is not None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_backends.budgets import KEY, server_settings
-from ep_backends.refusals import refusing
+from ep_backends.shared.refusals import refusing
 from ep_core.errors import PolicyError, UnsupportedError
 from ep_core.family import Config
 from ep_core.patching import Patches

@@ -10,7 +10,7 @@ from typing import Any
 
 from ep_backends.budgets import ENDS_INSIDE, KEY, LOGPROBS, OFF, keep_of, policy_of
 from ep_backends.lmdeploy.kv import PicturePlan, kv_ratio
-from ep_backends.metrics import Metrics
+from ep_backends.shared.metrics import Metrics
 from ep_core.errors import EntropyPruneError, PolicyError
 from ep_core.settings import Settings
 from ep_core.spans import VisualSpan

@@ -14,11 +14,11 @@ from typing import Any, NoReturn, Self
 
 from ep_backends.budgets import KEY, wish_of
 from ep_backends.selection import select
+from ep_backends.shared.pictures import read_picture
 from ep_core.backend import Answer, Capabilities, KVSlots, Request, Serving, check_placement
 from ep_core.checkpoint import read_config
 from ep_core.errors import EntropyPruneError, UnsupportedError
 from ep_core.patching import PointStatus, check_point
-from ep_core.pictures import read_picture
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy, no_policy_in_environment
 from ep_core.report import SpanRecord
@@ -131,7 +131,7 @@ class SGLangSession:
         if device == "cpu":
             for name, value in CPU_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
-        from ep_backends.transformers.processor import load_processor
+        from ep_backends.shared.processor import load_processor
 
         self._processor = load_processor(Path(arguments.get("tokenizer_path") or model))
         self._pruned = policy is not None

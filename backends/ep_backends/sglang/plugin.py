@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 
 from ep_backends.budgets import KEY, server_settings
-from ep_backends.metrics import Metrics
-from ep_backends.refusals import StartRefused, refusing
+from ep_backends.shared.metrics import Metrics
+from ep_backends.shared.refusals import StartRefused, refusing
 from ep_core.errors import EntropyPruneError, PolicyError, UnsupportedError
 from ep_core.patching import check_point
 from ep_core.plugins import registry

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import torch
 import transformers
 
+from ep_backends.shared.processor import encode, load_processor
 from ep_backends.transformers.ledger import POINTS
-from ep_backends.transformers.processor import encode, load_processor
 from ep_backends.transformers.pruner import Row, choose, enable
 from ep_core.backend import (
     Answer,

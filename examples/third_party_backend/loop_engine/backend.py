@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ep_backends.transformers.processor import encode
+from ep_backends.shared.processor import encode
 from ep_core.backend import Answer, Backend, BackendSpec, Capabilities, KVSlots, Request, Session
 from ep_core.checkpoint import read_config
 from ep_core.compaction import Pass

@@ -9,8 +9,8 @@ from typing import Any
 
 import transformers
 
+from ep_backends.shared.pictures import read_picture
 from ep_core.errors import EntropyPruneError, UnsupportedError
-from ep_core.pictures import read_picture
 
 _CLASS = "processor_class"
 

@@ -1,0 +1,72 @@
+"""`entropyprune show`: what a policy means for a model, from its config.json alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from entropyprune.cli.common import ModelFacts, console, model_option, needed, policy_option
+from ep_core.budget import layer_average
+from ep_core.policy import PruningPolicy
+from ep_core.spans import VisualSpan, plan
+
+
+@click.command()
+@model_option
+@policy_option
+@click.option(
+    "--image-tokens",
+    type=click.IntRange(min=1),
+    default=576,
+    show_default=True,
+    metavar="N",
+    help="Visual tokens of one picture.",
+)
+@click.option(
+    "--text-tokens",
+    type=click.IntRange(min=0),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="The prompt's other tokens.",
+)
+def show(model: Path, policy: PruningPolicy | None, image_tokens: int, text_tokens: int) -> None:
+    """Say what a policy means for a model: tokens, FLOPs, KV."""
+    policy = needed(policy)
+    facts = ModelFacts.of(model, policy)
+    assert facts.policy is not None
+    shape, layer = facts.shape, facts.layer
+    prompt = image_tokens + text_tokens
+    (kept,) = plan(
+        facts.policy,
+        [VisualSpan(0, image_tokens)],
+        layer=layer,
+        shape=shape,
+        prompt_tokens=prompt,
+    )
+    average = layer_average(image_tokens, kept, layer=layer, layers=shape.layers)
+    after = prompt - image_tokens + kept
+    slots = layer * prompt + (shape.layers - layer) * after
+    source = f" ({facts.family.default_layer_source})" if policy.layer == "auto" else ""
+    table = Table(title=f"{facts.family.name}: {facts.policy}", title_justify="left")
+    table.add_column("for one picture")
+    table.add_column("", justify="right")
+    table.add_row("visual tokens / text tokens", f"{image_tokens} / {text_tokens}")
+    table.add_row("layers", f"{shape.layers}, pruned from layer {layer}{source}")
+    table.add_row("keep (tokens after the layer)", f"{kept} ({kept / image_tokens:.1%})")
+    table.add_row("average (over all layers)", f"{average:.1f} ({average / image_tokens:.1%})")
+    reduction = shape.flops_reduction(prompt, after, layer)
+    table.add_row("flops (prefill reduction)", f"{reduction:.1%}")
+    table.add_row(
+        "prefill TFLOPs, unpruned -> pruned",
+        f"{shape.prefill_flops(prompt, prompt, 0) / 1e12:.4g} -> "
+        f"{shape.prefill_flops(prompt, after, layer) / 1e12:.4g}",
+    )
+    table.add_row(
+        "prompt KV slots, unpruned -> pruned",
+        f"{shape.layers * prompt:,} -> {slots:,} ({1 - slots / (shape.layers * prompt):.1%} less)",
+    )
+    table.add_row("digest", facts.policy.digest)
+    console().print(table)
