@@ -99,8 +99,11 @@ def evaluate(
     """Measure accuracy with an evaluation harness.
 
     Runs the tasks unpruned and under each policy. A server prunes as it was started, so an
-    endpoint is measured as it is. What follows -- is the harness's own:
-    `eval --model DIR --policy ... --tasks gqa -- --verbosity DEBUG`.
+    endpoint is measured as it is. What follows -- is the harness's own, as in
+
+    \b
+    entropyprune eval --model DIR --policy "layer=2,keep=128" --tasks gqa \\
+      -- --verbosity DEBUG
     """
     if (model is None) == (endpoint is None):
         raise EntropyPruneError(

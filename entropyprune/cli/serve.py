@@ -18,7 +18,10 @@ from ep_core.policy import ENV, PruningPolicy
 def serve(engine: str, policy: PruningPolicy | None, arguments: tuple[str, ...]) -> None:
     """Start an engine's own server with pruning.
 
-    What follows -- is the server's own: `serve sglang --policy ... -- --model-path DIR`.
+    What follows -- is the server's own, as in
+
+    \b
+    entropyprune serve sglang --policy "layer=2,keep=128" -- --model-path DIR
     """
     policy = needed(policy)
     backend = load_backend(engine)
