@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from entropyprune.cli.common import (
@@ -196,7 +195,7 @@ def _run(module: str, name: str, which: str, settings: dict[str, Any], out: Path
     counts: dict[str, Any] = {}
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process,
-        _progress(console(stderr=True)) as progress,
+        _progress() as progress,
     ):
         bar = progress.add_task(f"{which}: {name}", total=None)
         assert process.stdout is not None
@@ -222,13 +221,15 @@ def _run(module: str, name: str, which: str, settings: dict[str, Any], out: Path
     return run
 
 
-def _progress(console: Console) -> Progress:
+def _progress() -> Progress:
+    """A bar on stderr for people; logs get none."""
+    err = console(stderr=True)
+    err.quiet = not err.is_terminal
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=console,
+        console=err,
         transient=True,
-        disable=not console.is_terminal,
     )
