@@ -49,6 +49,9 @@ def main() -> None:
         status = cli.main(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "entropyprune"
+        _fail(f"{error.format_message()} See {path} --help.")
     except click.ClickException as error:
         _fail(error.format_message())
     except EntropyPruneError as error:

@@ -68,5 +68,4 @@ def show(model: Path, policy: PruningPolicy | None, image_tokens: int, text_toke
         "prompt KV slots, unpruned -> pruned",
         f"{shape.layers * prompt:,} -> {slots:,} ({1 - slots / (shape.layers * prompt):.1%} less)",
     )
-    table.add_row("digest", facts.policy.digest)
     console().print(table)

@@ -86,7 +86,7 @@ def test_policy_in_json_does_not_switch_off_a_server_that_this_process_starts():
     program = f"from {Path(__file__).stem} import resolve; print(resolve().radix_cache_backend)"
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        cwd=Path(__file__).parent,  # where this module is
         capture_output=True,
         text=True,
         timeout=120,
