@@ -67,7 +67,7 @@ def show(runs: list[Run], limit: int | None, out: Path | None) -> None:
     # a table that a log cuts off is worth little
     wide = console()
     wide.width = max(wide.width, Console(width=1000).measure(table).maximum)
-    wide.print(table, soft_wrap=True)
+    wide.print(table)
     for line in _remarks(rows, policies):
         click.echo(line)
     for run in runs:
