@@ -103,7 +103,7 @@ class Settings:
         fits = True
         for group in [units] if joint else [[unit] for unit in units]:
             try:
-                counts = self._counts(policy, group, prompt_tokens)
+                counts = self.counts(group, prompt_tokens, policy)
             except BudgetError:
                 if not lenient:
                     raise
@@ -112,10 +112,20 @@ class Settings:
         whole = Reason.KEEPS_ALL if fits else Reason.DOES_NOT_FIT
         return RequestPlan.of(planned, prompt_tokens, whole)
 
-    def _counts(
-        self, policy: PruningPolicy, units: Sequence[Unit], prompt_tokens: int
+    def counts(
+        self, units: Sequence[Unit], prompt_tokens: int, policy: PruningPolicy | None = None
     ) -> list[int]:
-        """Tokens kept of each unit; those of at most `min_tokens` stay whole."""
+        """Tokens kept of each unit by its budget; those of at most `min_tokens` stay whole.
+
+        Args:
+            units: the prompt's, in order.
+            prompt_tokens: length of the prompt.
+            policy: another one than the server's, with the server's layer.
+
+        Raises:
+            BudgetError: the budget does not fit a unit, and what would.
+        """
+        policy = policy or self.policy
         lengths = [len(unit) for unit in units]
         large = [n for n in lengths if n > policy.min_tokens]
         counts = policy.budget.tokens(

@@ -17,6 +17,7 @@ from ep_core.errors import EntropyPruneError
 from ep_core.family import Family
 from ep_core.plugins import BUILT_IN, registry
 from ep_core.policy import ENV, EXAMPLE, PruningPolicy
+from ep_core.settings import Settings
 
 
 class PolicyType(click.ParamType):  # type: ignore[type-arg] # generic from click 8.4 on only
@@ -99,23 +100,25 @@ class ModelFacts:
     config: dict[str, Any]
     family: Family
     shape: DecoderShape
-    policy: PruningPolicy | None
+    settings: Settings | None
 
     @classmethod
     def of(cls, model: Path, policy: PruningPolicy | None) -> ModelFacts:
-        """Read config.json and settle the policy's layer."""
+        """Read config.json and settle the policy."""
         config = read_config(model)
         family = registry().family(config["model_type"])
-        shape = family.decoder(config).shape
-        if policy is not None:
-            policy = policy.at_layer(family.default_layer, shape.layers)
-            registry().selector(policy.method)
-        return cls(config, family, shape, policy)
+        settings = None if policy is None else Settings.of(policy, config)
+        return cls(config, family, family.decoder(config).shape, settings)
+
+    @property
+    def policy(self) -> PruningPolicy | None:
+        """The policy with its layer settled, or None."""
+        return None if self.settings is None else self.settings.policy
 
     @property
     def layer(self) -> int:
         """The pruning layer, or the number of layers where nothing is pruned."""
-        return self.shape.layers if self.policy is None else int(self.policy.layer)
+        return self.shape.layers if self.settings is None else self.settings.layer
 
 
 def needed(policy: PruningPolicy | None) -> PruningPolicy:

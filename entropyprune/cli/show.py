@@ -7,10 +7,12 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from entropyprune.cli.common import ModelFacts, console, model_option, needed, policy_option
+from entropyprune.cli.common import console, model_option, needed, policy_option
 from ep_core.budget import layer_average
+from ep_core.checkpoint import read_config
+from ep_core.plan import Run, Unit
 from ep_core.policy import PruningPolicy
-from ep_core.spans import VisualSpan, plan
+from ep_core.settings import Settings
 
 
 @click.command()
@@ -35,22 +37,15 @@ from ep_core.spans import VisualSpan, plan
 def show(model: Path, policy: PruningPolicy | None, image_tokens: int, text_tokens: int) -> None:
     """Say what a policy means for a model: tokens, FLOPs, KV."""
     policy = needed(policy)
-    facts = ModelFacts.of(model, policy)
-    assert facts.policy is not None
-    shape, layer = facts.shape, facts.layer
+    settings = Settings.of(policy, read_config(model))
+    shape, layer, family = settings.shape, settings.layer, settings.family
     prompt = image_tokens + text_tokens
-    (kept,) = plan(
-        facts.policy,
-        [VisualSpan(0, image_tokens)],
-        layer=layer,
-        shape=shape,
-        prompt_tokens=prompt,
-    )
+    (kept,) = settings.counts([Unit((Run(0, image_tokens),))], prompt)
     average = layer_average(image_tokens, kept, layer=layer, layers=shape.layers)
     after = prompt - image_tokens + kept
     slots = layer * prompt + (shape.layers - layer) * after
-    source = f" ({facts.family.default_layer_source})" if policy.layer == "auto" else ""
-    table = Table(title=f"{facts.family.name}: {facts.policy}", title_justify="left")
+    source = f" ({family.default_layer_source})" if policy.layer == "auto" else ""
+    table = Table(title=f"{family.name}: {settings.policy}", title_justify="left")
     table.add_column("for one picture")
     table.add_column("", justify="right")
     table.add_row("visual tokens / text tokens", f"{image_tokens} / {text_tokens}")
