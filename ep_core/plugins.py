@@ -16,7 +16,7 @@ from ep_core import hookspecs
 from ep_core.adapter import ModelAdapter
 from ep_core.backend import BackendSpec
 from ep_core.errors import PluginError, UnsupportedError
-from ep_core.selectors import Selector
+from ep_core.selection import Selector
 
 ENV_BLOCK = "ENTROPYPRUNE_BLOCK"
 BUILT_IN = ("selectors", "adapters", "backends")  # our own entry points

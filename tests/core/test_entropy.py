@@ -16,7 +16,8 @@ from ep_core.entropy import (
     renyi2_entropy,
 )
 from ep_core.errors import EntropyPruneError
-from ep_core.selectors import greedy_renyi2, greedy_renyi2_torch, top_k
+from ep_core.kernels.reference import greedy_renyi2 as greedy_renyi2_torch
+from ep_core.selectors import greedy_renyi2, top_k
 
 SHAPES = [  # tokens, heads, head_dim
     (6, 2, 32),

@@ -8,8 +8,10 @@ import torch
 
 from ep_conformance.selection_cases import stored_cases, stored_tensors
 from ep_core.entropy import NORMALIZATIONS, cosine_gram, matrix_entropy
-from ep_core.kernels import Unavailable, build, cpu
-from ep_core.selectors import greedy_renyi2_torch, top_k
+from ep_core.kernels import build, cpu
+from ep_core.kernels.interface import Unavailable
+from ep_core.kernels.reference import greedy_renyi2 as greedy_renyi2_torch
+from ep_core.selectors import top_k
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [  # tokens, heads, head_dim: odd ones, the smallest, the largest
