@@ -11,6 +11,8 @@ import math
 import torch
 
 RELEASED_EIGENVALUE_FLOOR = 1e-10
+BLOCK = 2**22  # numbers in one float64 tensor of the scorer, 32 MiB: a video has many tokens
+ALIGNED = 16  # tokens: an eigenvalue's last bit depends on where in a cache line its matrix begins
 
 
 def matrix_entropy(
@@ -20,7 +22,7 @@ def matrix_entropy(
     released: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """`[N, H, D]` queries to `[N]` float32 scores.
+    """`[N, H, D]` queries to `[N]` float32 scores, a block of tokens at a time.
 
     Args:
         q: checked queries, any floating dtype.
@@ -28,6 +30,12 @@ def matrix_entropy(
         released: the arithmetic of the released code.
         dtype: of the eigenvalues.
     """
+    _, heads, head_dim = q.shape
+    block = max(ALIGNED, BLOCK // (heads * max(heads, head_dim)) // ALIGNED * ALIGNED)
+    return torch.cat([_scores(part, normalize, released, dtype) for part in torch.split(q, block)])
+
+
+def _scores(q: torch.Tensor, normalize: str, released: bool, dtype: torch.dtype) -> torch.Tensor:
     heads = q.shape[1]
     if released:
         x = (q - q.mean(dim=1, keepdim=True)).double()

@@ -16,6 +16,7 @@ from ep_core.entropy import (
     renyi2_entropy,
 )
 from ep_core.errors import EntropyPruneError
+from ep_core.kernels import reference as torch_kernels
 from ep_core.kernels.reference import greedy_renyi2 as greedy_renyi2_torch
 from ep_core.selectors import greedy_renyi2, top_k
 
@@ -398,6 +399,51 @@ def test_one_token_scores_as_in_a_batch_and_none_gives_none(options):
     alone = torch.cat([matrix_entropy(q[n : n + 1], **options) for n in range(6)])
     torch.testing.assert_close(alone, batch, rtol=1e-6, atol=1e-6)
     assert matrix_entropy(q[:0], **options).shape == (0,)
+
+
+PRECISIONS = [
+    *({"normalize": n, "dtype": d} for n in NORMALIZATIONS for d in (torch.float32, torch.float64)),
+    {"normalize": "none", "released": True},
+]
+
+
+@pytest.mark.parametrize("options", PRECISIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("heads", "head_dim"), [(9, 4), (9, 80), (28, 128)])
+def test_the_size_of_a_block_changes_no_bit(monkeypatch, heads, head_dim, dtype, options):
+    q = queries(77, heads, head_dim, dtype=dtype)
+    q[[0, 15, 16, 76], 2, 3] = math.nan
+    scores = []
+    for tokens in (1, 16, 39, 77):
+        monkeypatch.setattr(torch_kernels, "BLOCK", tokens * heads * max(heads, head_dim))
+        scores.append(torch_kernels.matrix_entropy(q, **options))
+    for score in scores[:-1]:
+        assert torch.equal(score, scores[-1])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records how many bytes the largest tensor has that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, list | tuple) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+        return made
+
+
+@pytest.mark.parametrize("options", PRECISIONS, ids=str)
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 64), (28, 128), (64, 256), (64, 8)])
+def test_the_scorer_in_torch_takes_no_more_memory_for_more_tokens(heads, head_dim, options):
+    per_token = 8 * heads * max(heads, head_dim)
+    q = torch.empty(10**9 // per_token, heads, head_dim, dtype=torch.bfloat16, device="meta")
+    with LargestTensor() as largest:
+        assert torch_kernels.matrix_entropy(q, **options).shape == q.shape[:1]
+    assert 2**24 < largest.bytes <= 2**25, f"{largest.bytes / 2**20:.0f} MiB of float64 at once"
 
 
 def test_memory_layout_changes_no_bit():
