@@ -540,6 +540,17 @@ def test_cosine_gram_equals_numpy_and_tokens_without_direction_are_nan(dtype):
         assert gram[:, lost].isnan().all()
 
 
+def test_a_token_whose_squared_norm_underflows_has_no_direction():
+    smallest = math.sqrt(torch.finfo(torch.float64).tiny)
+    direction = torch.tensor([3.0, -4.0], dtype=torch.float64) / 5
+    lengths = torch.tensor([1, 1.001 * smallest, 0.999 * smallest, 1e-160], dtype=torch.float64)
+    gram = cosine_gram(direction * lengths[:, None])
+    torch.testing.assert_close(gram[:2, :2], torch.ones(2, 2), rtol=0, atol=1e-6)
+    # of what is left below that, too few digits for a cosine
+    assert gram[2:].isnan().all()
+    assert gram[:, 2:].isnan().all()
+
+
 @pytest.mark.parametrize("tokens", [95, 96, 97, 300, 801])
 def test_cosine_gram_is_symmetric_and_whole_at_every_size(tokens):
     generator = torch.Generator().manual_seed(tokens)

@@ -1,6 +1,8 @@
 """Which path scores are taken by, what is said about it, and how the libraries are built."""
 
+import importlib
 import logging
+import math
 import shutil
 import subprocess
 import sys
@@ -147,6 +149,7 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch):
     """They are found by `cuda.load`, and asked for tensors on the CPU."""
+    importlib.import_module("torch._dynamo")  # it looks into Triton, which must not be ours yet
     fake = Fake()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="0.0"))
@@ -180,6 +183,32 @@ def test_a_set_that_is_wrong_at_one_size_only_is_noticed_there(fake, caplog):
         "cpu: torch instead of a fused kernel for a greedy set of at most 1024 tokens: "
         "ArithmeticError: other picks than torch's"
     )
+
+
+@pytest.mark.parametrize("normalize", ["rows", "none", "trace"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", [2, 8, 64])
+def test_a_scorer_that_is_off_by_more_than_the_documented_bound_is_not_used(
+    heads, dtype, normalize
+):
+    size = cuda.ScorerSize(Q.device, heads, 16, dtype, normalize)
+
+    def off_by(error):
+        def score(q, how):
+            scores = matrix_entropy(q, how, dtype=torch.float64).double()
+            x = q[1].double() - q[1].double().mean(dim=0)
+            trace = x.square().sum() / heads
+            unit = max(scores[1].abs(), trace / math.log(heads)) if how == "none" else 1
+            scores[1] += error * unit
+            return scores
+
+        return score
+
+    for error in (9e-6, -9e-6):
+        size.check(off_by(error))  # docs/kernels.md: within 1e-5
+    for error in (1.2e-5, -1.2e-5):
+        with pytest.raises(ArithmeticError):
+            size.check(off_by(error))
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 33, 64, 576, 577, 1024, 1025])
