@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from importlib.metadata import entry_points
+from itertools import chain
 from typing import Any, TypeVar
 
 import pluggy
@@ -19,9 +21,40 @@ from ep_core.errors import PluginError, UnsupportedError
 from ep_core.selection import Selector
 
 ENV_BLOCK = "ENTROPYPRUNE_BLOCK"
-BUILT_IN = ("selectors", "adapters", "backends")  # our own entry points
+OURS = ("selectors", "adapters", "backends")  # our own entry points
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What plugins provide through one hook.
+
+    Attributes:
+        name: of one, for people.
+        type: of each item.
+        key: the item's attribute that must differ between plugins.
+    """
+
+    name: str
+    type: type
+    key: str
+
+    def checked(self, returned: Any) -> list[Any]:
+        """The items that a hook returned; TypeError where it is something else."""
+        items: list[Any] = list(returned)
+        for item in items:
+            if not isinstance(item, self.type):
+                raise TypeError(f"{item!r} is no {self.type.__name__}")
+        return items
+
+
+# by the field of `Registry`; the hook is called entropyprune_FIELD
+KINDS = {
+    "backends": Kind("backend", BackendSpec, "name"),
+    "adapters": Kind("adapter", ModelAdapter, "model_type"),
+    "selectors": Kind("selector", Selector, "name"),
+}
 
 
 @dataclass(frozen=True)
@@ -61,20 +94,115 @@ def registry() -> Registry:
     return collect(load_plugins(blocked=[name.strip() for name in names if name.strip()]))
 
 
-def load_plugins(blocked: Collection[str] = ()) -> pluggy.PluginManager:
+class PluginManager(pluggy.PluginManager):
+    """pluggy's manager, in which a plugin that breaks costs one warning and stops no other.
+
+    Attributes:
+        provided: each item that a hook has returned, behind the name of its plugin.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(hookspecs.PROJECT)
+        self.add_hookspecs(hookspecs)
+        self.provided: list[tuple[str, object]] = []
+
+    def register(self, plugin: object, name: str | None = None) -> str | None:
+        """Register a plugin with a guard around each of its hooks; None where it is blocked."""
+        name = name or self.get_canonical_name(plugin)
+        guarded = _Guarded(plugin)
+        for attribute in dir(plugin):
+            options: Any = self.parse_hookimpl_opts(plugin, attribute)
+            if options is None:
+                continue
+            function = getattr(plugin, attribute)
+            field = (options["specname"] or attribute).removeprefix(f"{hookspecs.PROJECT}_")
+            old_style = options["hookwrapper"]
+            if field not in KINDS:
+                guard = function  # for pluggy to refuse
+            elif options["wrapper"] or old_style:
+                guard = self._wrapper(name, KINDS[field], function, old_style)
+                options |= {"wrapper": True, "hookwrapper": False}
+            else:
+                guard = self._implementation(name, KINDS[field], function)
+            setattr(guarded, attribute, hookspecs.hookimpl(**options)(guard))
+        return super().register(guarded, name)
+
+    def _implementation(
+        self, plugin: str, kind: Kind, function: Callable[[], Any]
+    ) -> Callable[[], list[Any] | None]:
+        @wraps(function)
+        def provide() -> list[Any] | None:
+            try:
+                items = kind.checked(function())
+            except Exception as error:  # a stranger's code can raise anything
+                _warn_left_out(plugin, error)
+                return None  # no result, to pluggy
+            self.provided += [(plugin, item) for item in items]
+            return items
+
+        return provide
+
+    def _wrapper(
+        self, plugin: str, kind: Kind, function: Callable[[], Any], old_style: bool
+    ) -> Callable[[], Generator[None, list[list[Any]], list[list[Any]]]]:
+        @wraps(function)
+        def wrap() -> Generator[None, list[list[Any]], list[list[Any]]]:
+            try:
+                wrapper = function()
+                next(wrapper)
+            except Exception as error:  # a stranger's code can raise anything
+                _warn_left_out(plugin, error)
+                return (yield)
+            results = yield
+            try:
+                changed = [kind.checked(items) for items in _finish(wrapper, results, old_style)]
+            except Exception as error:
+                _warn_left_out(plugin, error)
+                return results
+            known = {id(item) for _, item in self.provided}
+            self.provided += [
+                (plugin, item) for items in changed for item in items if id(item) not in known
+            ]
+            return changed
+
+        return wrap
+
+
+@dataclass
+class _Guarded:
+    """Stands for a plugin in pluggy's manager; the same plugin twice is the same."""
+
+    plugin: object
+
+
+def _finish(
+    wrapper: Generator[None, Any, Any], results: list[list[Any]], old_style: bool
+) -> list[list[Any]]:
+    """What a wrapper that waits at its `yield` makes of the results; those stay as they are."""
+    copy: Any = [list(items) for items in results]
+    given = pluggy.Result.from_call(lambda: copy) if old_style else copy
+    try:
+        wrapper.send(given)
+    except StopIteration as end:
+        made: list[list[Any]] = given.get_result() if old_style else end.value
+        return made
+    raise RuntimeError("a wrapper yields once")
+
+
+def load_plugins(blocked: Collection[str] = ()) -> PluginManager:
     """Load the entry points of group `entropyprune`; a broken one costs one warning."""
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
+    manager = PluginManager()
     for name in blocked:
         manager.set_blocked(name)
     entries = sorted(set(entry_points(group=hookspecs.PROJECT)))
-    for name in set(blocked) - {entry.name for entry in entries}:
+    times = Counter(entry.name for entry in entries)
+    # two packages may choose one entry point name; what they provide is what must differ
+    names = [e.name if times[e.name] == 1 else f"{e.name}:{e.value}" for e in entries]
+    for name in set(blocked) - {*names, *times}:
         warnings.warn(f"{ENV_BLOCK} names {name!r}, which is no plugin here", stacklevel=2)
-    for entry in entries:
-        if manager.is_blocked(entry.name):
+    for name, entry in zip(names, entries, strict=True):
+        if manager.is_blocked(name) or manager.is_blocked(entry.name):
             continue
-        # two packages may choose one entry point name; what they provide is what must differ
-        name = f"{entry.name} ({entry.value})" if manager.has_plugin(entry.name) else entry.name
         try:
             manager.register(entry.load(), name=name)
             manager.check_pending()
@@ -85,43 +213,27 @@ def load_plugins(blocked: Collection[str] = ()) -> pluggy.PluginManager:
     return manager
 
 
-def collect(manager: pluggy.PluginManager) -> Registry:
-    """Ask every plugin what it provides; two providers of one name are refused."""
+def collect(manager: PluginManager) -> Registry:
+    """Call the hooks; two providers of one name are refused."""
+    found: dict[str, dict[str, Any]] = {field: {} for field in KINDS}
     providers: dict[str, str] = {}
 
-    def gather(hook: pluggy.HookCaller, key: Callable[[Any], str], kind: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for implementation in hook.get_hookimpls():
-            plugin = implementation.plugin_name
-            provide: Callable[[], Any] = implementation.function
-            try:
-                items: list[Any] = list(provide())
-                names = [key(item) for item in items]
-            except Exception as error:  # a stranger's code can raise anything
-                _warn_left_out(plugin, error)
-                continue
-            for name, item in zip(names, items, strict=True):
-                if name in found:
-                    first = providers[f"{kind} {name}"]
-                    stranger = first if plugin in BUILT_IN else plugin
-                    raise PluginError(
-                        f"{kind} {name!r} is provided by plugins {first!r} and {plugin!r}; block "
-                        f"one, as in {ENV_BLOCK}={stranger}"
-                    )
-                found[name] = item
-                providers[f"{kind} {name}"] = plugin
-        return found
+    def plugins_of(item: object) -> list[str]:
+        return [plugin for plugin, provided in manager.provided if provided is item]
 
-    return Registry(
-        backends=gather(manager.hook.entropyprune_backends, lambda spec: spec.name, "backend"),
-        adapters=gather(
-            manager.hook.entropyprune_adapters, lambda adapter: adapter.model_type, "adapter"
-        ),
-        selectors=gather(
-            manager.hook.entropyprune_selectors, lambda selector: selector.name, "selector"
-        ),
-        providers=providers,
-    )
+    for field, kind in KINDS.items():
+        for item in chain.from_iterable(getattr(manager.hook, f"{hookspecs.PROJECT}_{field}")()):
+            name = getattr(item, kind.key)
+            if name in found[field]:
+                both = {*plugins_of(found[field][name]), *plugins_of(item)}
+                *_, last = plugins = sorted(both, key=lambda plugin: (plugin not in OURS, plugin))
+                raise PluginError(
+                    f"{kind.name} {name!r} is provided twice, by {' and '.join(map(repr, plugins))}"
+                    f"; block one, as in {ENV_BLOCK}={last}"
+                )
+            found[field][name] = item
+            providers[f"{kind.name} {name}"] = plugins_of(item)[0]
+    return Registry(**found, providers=providers)
 
 
 def _warn_left_out(plugin: str, error: BaseException) -> None:
