@@ -68,7 +68,7 @@ def test_spans_of_at_most_min_tokens_are_left_whole(llava, min_tokens, expected)
 
 
 def test_min_tokens_is_the_way_out_for_spans_smaller_than_the_count(llava):
-    with pytest.raises(BudgetError, match="min_tokens=64"):
+    with pytest.raises(BudgetError, match="keep=64"):
         counts(PruningPolicy(2, Keep(128)), SPANS, llava, 800)
     assert counts(PruningPolicy(2, Keep(128), min_tokens=64), SPANS, llava, 800) == (64, 128, 64)
 
