@@ -10,7 +10,7 @@ from ep_core.errors import (
     UnsupportedError,
 )
 from ep_core.policy import PruningPolicy
-from ep_core.selectors import Selector, SpanInputs
+from ep_core.selection import Selector, SpanInputs
 from ep_core.spans import VisualSpan
 
 __all__ = [

@@ -20,7 +20,7 @@ import torch
 
 from ep_core.errors import EntropyPruneError
 from ep_core.plan import PlannedUnit, RequestPlan, Unit
-from ep_core.selectors import Selector, SpanInputs
+from ep_core.selection import Selector, SpanInputs
 
 HIDDEN = "hidden"
 QUERIES = "queries"

@@ -11,7 +11,7 @@ from ep_core.family import FULL_ATTENTION, Config, Decoder, Family
 from ep_core.plan import PlannedUnit, Reason, RequestPlan, Unit
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
-from ep_core.selectors import Selector
+from ep_core.selection import Selector
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from ep_core.budget import DecoderShape
 from ep_core.errors import EntropyPruneError
 from ep_core.policy import PruningPolicy
-from ep_core.selectors import Selector, SpanInputs
+from ep_core.selection import Selector, SpanInputs
 
 
 @dataclass(frozen=True, order=True)

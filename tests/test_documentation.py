@@ -36,15 +36,13 @@ def test_python_blocks_in_the_documentation_compile():
 
 def test_the_family_in_adapters_md_is_a_working_plugin():
     """The page's family, registered as a plugin, finds the pictures of a prompt."""
-    import pluggy
 
-    from ep_core import hookspecs, plugins
+    from ep_core import plugins
 
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/adapters.md").read_text(), re.S)
     namespace: dict = {}
     exec(block, namespace)
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
+    manager = plugins.new_manager()
 
     class Plugin:
         entropyprune_families = staticmethod(namespace["entropyprune_families"])

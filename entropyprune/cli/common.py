@@ -15,7 +15,7 @@ from ep_core.budget import DecoderShape
 from ep_core.checkpoint import read_config
 from ep_core.errors import EntropyPruneError
 from ep_core.family import Family
-from ep_core.plugins import BUILT_IN, registry
+from ep_core.plugins import OURS, registry
 from ep_core.policy import ENV, EXAMPLE, PruningPolicy
 from ep_core.settings import Settings
 
@@ -151,6 +151,6 @@ def why_not_loaded(name: str, error: Exception) -> str:
 
 def remedy(name: str) -> str:
     """How to install an engine that our backend supports; nothing for a stranger's backend."""
-    if registry().providers[f"backend {name}"] not in BUILT_IN:
+    if registry().providers[f"backend {name}"] not in OURS:
         return ""
     return f"; run pip install 'entropyprune[{name}]'"

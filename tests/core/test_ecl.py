@@ -1,6 +1,7 @@
 """The collapse layer: planted ones are found, everything else is refused with a reason."""
 
 import json
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -103,6 +104,26 @@ def test_a_drop_that_is_only_the_largest_of_many_alike_is_no_collapse():
     assert found.share_of_samples == found.share_of_resamples == 1, "nothing else is in doubt"
     assert found.layer is None
     assert "standard deviations of the other layers' drops, 3 are needed" in found.reason
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2])
+def test_a_drop_is_stated_in_standard_deviations_of_the_other_layers_drops(scale):
+    normal = NormalDist(mu=2 * scale, sigma=scale)
+    others = [normal.inv_cdf(quantile) for quantile in np.linspace(0, 1, 41)[1:-1]]
+    drops = np.insert(others, 7, normal.mean + 4 * scale)
+    one = 0.9 - np.cumsum([0, *drops])
+    found = find_collapse_layer(profile(np.tile(one, (10, 1))))
+    assert found.candidate == 8
+    assert found.standard_drop == pytest.approx(4, rel=1e-3)
+
+
+@pytest.mark.parametrize(("deviations", "layer"), [(2.95, None), (3.05, 5)])
+def test_three_robust_standard_deviations_are_needed(deviations, layer):
+    sigma = 0.01 / NormalDist().inv_cdf(0.75)  # the others lie 0.01 around 0.02
+    drops = [0.01, 0.03, 0.02, 0.01, 0.02 + deviations * sigma, 0.03, 0.01, 0.03]
+    one = 0.9 - np.cumsum([0, *drops])
+    found = find_collapse_layer(profile(np.tile(one, (10, 1))))
+    assert (found.candidate, found.layer) == (5, layer), found.reason
 
 
 def test_a_drop_in_hardly_more_than_half_of_the_samples_is_refused_for_that():
