@@ -92,6 +92,7 @@ class Settings:
         Raises:
             BudgetError: the budget does not fit a unit, and what would.
         """
+        mine = policy is None
         policy = policy or self.policy
         if not units:
             return RequestPlan.whole((), prompt_tokens, Reason.NO_PICTURES)
@@ -104,9 +105,9 @@ class Settings:
         for group in [units] if joint else [[unit] for unit in units]:
             try:
                 counts = self.counts(group, prompt_tokens, policy)
-            except BudgetError:
+            except BudgetError as error:
                 if not lenient:
-                    raise
+                    raise error.for_policy() if mine else error from None
                 counts, fits = [len(unit) for unit in group], False
             planned += [PlannedUnit(*pair) for pair in zip(group, counts, strict=True)]
         whole = Reason.KEEPS_ALL if fits else Reason.DOES_NOT_FIT
