@@ -49,8 +49,8 @@ def encode(processor: Any, contents: Sequence[Sequence[str | Path]]) -> Any:
         )
     except StopIteration:  # transformers before 5.20 runs out of pictures without a word
         raise EntropyPruneError(
-            f"the request cannot be encoded: its text holds {processor.image_token}, which stands for "
-            "a picture"
+            f"the request cannot be encoded: its text holds {processor.image_token}, which stands "
+            "for a picture"
         ) from None
     except (ValueError, TypeError, IndexError) as error:
         raise EntropyPruneError(f"the request cannot be encoded: {error}") from None
