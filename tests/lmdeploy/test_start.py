@@ -1,14 +1,19 @@
 """What happens before an engine runs: the policy is found, refused, or nothing is touched."""
 
+import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 import ep_backends.lmdeploy
 from ep_backends.lmdeploy import ledger, plugin
+from ep_backends.lmdeploy.attached import settings_of
+from ep_backends.lmdeploy.families import FAMILIES
 from ep_conformance.checkpoints import tiny_qwen2_5_vl
 from ep_core.errors import PolicyError, UnsupportedError
 from ep_core.patching import check_point
@@ -37,7 +42,7 @@ def inactive():
 # Attach points.
 
 
-@pytest.mark.parametrize("point", ledger.POINTS, ids=lambda point: point.target)
+@pytest.mark.parametrize("point", ledger.points(), ids=lambda point: point.target)
 def test_attach_point_fits_the_installed_version(point):
     status = check_point(point)
     assert status.state == "ok", status.detail
@@ -46,7 +51,7 @@ def test_attach_point_fits_the_installed_version(point):
     assert point.remove_when
 
 
-@pytest.mark.parametrize("point", ledger.POINTS, ids=lambda point: point.target)
+@pytest.mark.parametrize("point", ledger.points(), ids=lambda point: point.target)
 @pytest.mark.parametrize("change", ["gone", "takes something else"])
 def test_attach_point_of_another_version_is_noticed(point, change):
     if change == "takes something else" and not point.parameters:
@@ -62,10 +67,61 @@ def test_attach_point_of_another_version_is_noticed(point, change):
             patch.setattr(owner, name, lambda self, other: None)
         assert check_point(point).state == "FAILED"
         start = ep_backends.lmdeploy.activate
-        if point in ledger.IN_WORKERS:
-            start = partial(ledger.check_points, ledger.IN_WORKERS)
+        for elsewhere in (ledger.IN_WORKERS, ledger.IN_SESSIONS):
+            if point in elsewhere:
+                start = partial(ledger.check_points, elsewhere)
         with pytest.raises(UnsupportedError, match=r"does not fit: .* run entropyprune doctor"):
             start()
+
+
+def test_what_our_classes_override_is_in_the_ledger():
+    """A method that LMDeploy calls otherwise one day would override nothing."""
+    targets = {point.target for point in ledger.points()}
+    for ours, bases in ledger.OVERRIDDEN.items():
+        owners = {base: vars(pkgutil.resolve_name(base)) for base in bases}
+        for name, method in vars(pkgutil.resolve_name(ours)).items():
+            if inspect.isfunction(method) and not name.startswith("__"):
+                found = [f"{base}.{name}" for base, theirs in owners.items() if name in theirs]
+                assert found, f"{ours}.{name} overrides nothing"
+                assert set(found[:1]) <= targets
+
+
+def test_every_class_of_ours_that_stands_in_for_one_of_lmdeploys_is_known():
+    from ep_backends.lmdeploy import kv, models
+
+    found = {
+        f"{module.__name__}:{name}"
+        for module in (kv, models)
+        for name, kind in vars(module).items()
+        if isinstance(kind, type) and kind.__module__ == module.__name__
+    }
+    made = {f"{models.__name__}:Pruned{family.architecture}" for family in FAMILIES.values()}
+    assert found - made == {*ledger.OVERRIDDEN, f"{models.__name__}:_Ranks"}
+
+
+def test_what_is_replaced_is_in_the_ledger():
+    """Each `setattr` of ours on an object of LMDeploy's, found in the source."""
+    sources = Path(ledger.__file__).parent.glob("*.py")
+    found = {
+        name
+        for source in sources
+        for name in re.findall(
+            r"^ *(?:manager|strategy|vision|engine)\.(\w+) = ", source.read_text(), re.M
+        )
+    }
+    assert found == {"num_required_blocks", "update_running"}
+    for name in found:
+        assert any(point.target.endswith(f".{name}") for point in ledger.points()), name
+
+
+def test_an_untested_version_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr("lmdeploy.version.__version__", "0.18.7")
+    ledger.warn_untested.cache_clear()
+    for _ in range(2):
+        ep_backends.lmdeploy.activate().undo()
+    ledger.warn_untested.cache_clear()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("LMDeploy 0.18.7 was not tested with pruning, 0.18.0 was")
 
 
 def test_activating_leaves_cuda_to_the_workers():
@@ -111,7 +167,7 @@ def test_doctor_shows_every_point():
         [sys.executable, "-m", "ep_core.cli", "doctor"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for point in ledger.POINTS:
+    for point in ledger.points():
         assert f"{point.target}\n    ok" in done.stdout, point.target
 
 
@@ -182,7 +238,7 @@ def test_configuration_object_may_be_used_again(model):
     for policy in (POLICY, "layer=1,keep=3"):
         ep_backends.lmdeploy.activate(policy)
         with pipeline(str(model), backend_config=config, log_level="ERROR") as pipe:
-            assert pipe.async_engine.entropyprune.policy == PruningPolicy.parse(policy)
+            assert settings_of(pipe.async_engine).core.policy == PruningPolicy.parse(policy)
 
 
 # Where a policy is set.
@@ -202,7 +258,7 @@ def test_policy_is_found_wherever_it_is_set(where, model, monkeypatch):
     ep_backends.lmdeploy.activate(POLICY if where == "activate" else None)
     config = PytorchEngineConfig(**CPU, hf_overrides=overrides)
     with pipeline(str(model), backend_config=config, log_level="ERROR") as pipe:
-        assert str(pipe.async_engine.entropyprune.policy) == POLICY
+        assert str(settings_of(pipe.async_engine).core.policy) == POLICY
         built = pipe.async_engine.engine.executor.model_agent.patched_model.model
         assert type(built).__module__ == "ep_backends.lmdeploy.models"
 

@@ -157,8 +157,10 @@ class LMDeploySession(Session):
         check_placement(device, dtype)
         from lmdeploy import PytorchEngineConfig, pipeline
 
+        from ep_backends.lmdeploy.ledger import IN_SESSIONS, check_points
         from ep_backends.lmdeploy.plugin import activate, is_active
 
+        check_points(IN_SESSIONS)
         self._settings = None
         if policy is not None:
             self._settings = LMDeploySettings.of(policy, config, details=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import pkgutil
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -83,21 +84,17 @@ HOOKED = {
 }
 
 _PUBLIC = "a public function or property"
-_DATACLASS = "a public dataclass, by these fields"
+_FIELDS = "a public dataclass, by these fields"
 _SEQUENCE = "lmdeploy.pytorch.messages:SchedulerSequence"
-_BLOCKS = "lmdeploy.pytorch.paging.block_manager:DefaultBlockManager"
+_BLOCKS = "lmdeploy.pytorch.paging.block_manager"
 _LAYOUT = "lmdeploy.pytorch.engine.cache_engine.layout"
 _RANKS = "lmdeploy.pytorch.distributed"
 
 
 def _used(
-    target: str,
-    why: str,
-    *parameters: str,
-    upstream: str = _PUBLIC,
-    remove_when: str = "never",
+    target: str, parameters: str, why: str, upstream: str = _PUBLIC, remove_when: str = "never"
 ) -> AttachPoint:
-    return AttachPoint(target, parameters, why, upstream, remove_when)
+    return AttachPoint(target, tuple(parameters.split()), why, upstream, remove_when)
 
 
 # called, read or made as they are
@@ -105,123 +102,109 @@ USED = (
     *(
         _used(
             f"lmdeploy.pytorch.models.{target}.forward",
+            " ".join(LAYER_ARGUMENTS),
             "forward hooks on the decoder's layers drop the tokens",
-            *LAYER_ARGUMENTS,
-            upstream="torch's own hooks; the parameters are LMDeploy's convention",
-            remove_when="a decoder calls a method between two layers",
+            "torch's own hooks; the parameters are LMDeploy's convention",
+            "a decoder calls a method between two layers",
         )
         for target in sorted({each for family in FAMILIES.values() for each in family.decoders})
     ),
     _used(
         "lmdeploy.pytorch.models.patch:update_custom_module_map",
-        "workers read our classes from ModelConfig.custom_module_map",
         "module_map_path",
-        upstream="official",
+        "workers read our classes from ModelConfig.custom_module_map",
+        "official",
     ),
-    _used("lmdeploy.pytorch.nn.linear.utils:QKVMixin.split_qkv", "the queries before RoPE", "x"),
-    _used(f"{_RANKS}:get_tp_world_rank", "how many ranks decide together", "layer_type"),
-    _used(f"{_RANKS}:get_tp_group", "which ranks they are", "device", "layer_type"),
-    _used(f"{_RANKS}:all_gather", "heads of other ranks", "tensor_list", "tensor", "group"),
-    _used(f"{_RANKS}:broadcast", "one choice for all ranks", "tensor", "src", "group"),
+    _used("lmdeploy.pytorch.nn.linear.utils:QKVMixin.split_qkv", "x", "the queries before RoPE"),
+    _used(f"{_RANKS}:get_tp_world_rank", "layer_type", "how many ranks decide together"),
+    _used(f"{_RANKS}:get_tp_group", "device layer_type", "which ranks they are"),
+    _used(f"{_RANKS}:all_gather", "tensor_list tensor group", "heads of other ranks"),
+    _used(f"{_RANKS}:broadcast", "tensor src group", "one choice for all ranks"),
     _used(
         "lmdeploy.pytorch.config:override_hf_config",
+        "hf_config hf_overrides",
         "the configuration that the engine will have",
-        "hf_config",
-        "hf_overrides",
     ),
     _used(
         "lmdeploy.pytorch.config:ModelConfig.from_hf_config",
+        "hf_config model_path",
         "what LMDeploy will make of it",
-        "hf_config",
-        "model_path",
     ),
-    _used("lmdeploy.pytorch.engine.engine:Engine.model_config", "carries the policy"),
+    _used("lmdeploy.pytorch.engine.engine:Engine.model_config", "", "carries the policy"),
     _used(
-        f"{_BLOCKS}.num_required_blocks",
+        f"{_BLOCKS}:DefaultBlockManager.num_required_blocks",
+        "obj prealloc_size",
         "replaced on a pruned engine's own: sequences take blocks by what they hold",
-        "obj",
-        "prealloc_size",
     ),
-    _used(f"{_SEQUENCE}.num_all_ids", "the tokens that need blocks"),
-    _used(f"{_SEQUENCE}.block_size", "the tokens of a block"),
-    _used(
-        "lmdeploy.serve.managers:SessionManager.remove",
-        "a refused request leaves nothing behind",
-        "session",
-    ),
+    _used(f"{_SEQUENCE}.num_all_ids", "", "the tokens that need blocks"),
+    _used(f"{_SEQUENCE}.block_size", "", "the tokens of a block"),
     _used(
         _SEQUENCE,
+        "history_multimodals kv_token_limit logical_blocks",
         "which blocks a sequence has and needs",
-        *("history_multimodals", "kv_token_limit", "logical_blocks"),
-        upstream=_DATACLASS,
+        _FIELDS,
     ),
     _used(
-        "lmdeploy.pytorch.model_inputs:StepContext",
-        "what a forward pass computes",
-        *("input_ids", "q_seqlens", "kv_seqlens", "sum_kv_seqlen", "is_decoding"),
-        *("model_metas", "input_multimodals", "attn_metadata", "cache_config"),
-        upstream=_DATACLASS,
-    ),
-    _used(
-        "lmdeploy.pytorch.multimodal.data_type:MultiModalData",
-        "where a picture is in its prompt; carries the plan",
-        *("start", "end", "meta"),
-        upstream=_DATACLASS,
+        "lmdeploy.serve.managers:SessionManager.remove",
+        "session",
+        "a refused request leaves nothing behind",
     ),
     _used(
         "lmdeploy.serve.core.async_engine:PreprocessedRequest",
+        "session inputs input_token_len gen_config",
         "the prompt that is planned",
-        *("session", "inputs", "input_token_len", "gen_config"),
-        upstream=_DATACLASS,
+        _FIELDS,
     ),
     _used(
         "lmdeploy.messages:GenerationConfig",
+        "logprob_start_len return_ppl output_logits",
         "what a request needs of every token of its prompt",
-        *("logprob_start_len", "return_ppl", "output_logits"),
-        upstream=_DATACLASS,
+        _FIELDS,
+    ),
+    _used(
+        "lmdeploy.pytorch.multimodal.data_type:MultiModalData",
+        "start end meta",
+        "where a picture is in its prompt; carries the plan",
+        _FIELDS,
+    ),
+    _used(
+        "lmdeploy.pytorch.model_inputs:StepContext",
+        "input_ids q_seqlens kv_seqlens sum_kv_seqlen is_decoding model_metas input_multimodals "
+        "attn_metadata cache_config",
+        "what a forward pass computes",
+        _FIELDS,
     ),
     _used(
         "lmdeploy.pytorch.models.utils.cudagraph:CudaGraphMeta",
-        "static buffers of decode",
         "input_buffers",
-        upstream=_DATACLASS,
+        "static buffers of decode",
+        _FIELDS,
     ),
     _used(
         "lmdeploy.pytorch.engine.cache_engine.plan:BlockCachePlan",
-        "the layout of the cache is replaced",
         "layout",
-        upstream=_DATACLASS,
+        "the layout of the cache is replaced",
+        _FIELDS,
     ),
     _used(
         f"{_LAYOUT}:PackedBlockCacheLayout",
+        "tensor_specs num_layers",
         "each group of layers has its cache in LMDeploy's own layout",
-        *("tensor_specs", "num_layers"),
-        upstream=_DATACLASS,
+        _FIELDS,
     ),
-    _used(
-        f"{_LAYOUT}:CachePool",
-        "the memory of a group",
-        *("tensor", "entry_axis"),
-        upstream=_DATACLASS,
-    ),
-    _used(
-        f"{_LAYOUT}:CacheAllocation",
-        "the cache as a whole",
-        *("pools", "tensor_views"),
-        upstream=_DATACLASS,
-    ),
+    _used(f"{_LAYOUT}:CachePool", "tensor entry_axis", "the memory of a group", _FIELDS),
+    _used(f"{_LAYOUT}:CacheAllocation", "pools tensor_views", "the cache as a whole", _FIELDS),
 )
 
 # importing it starts CUDA, which is the workers' to do
 IN_WORKERS = (
     _used(
         "lmdeploy.pytorch.backends.cuda.attention.default:TritonAttentionMetadata",
+        "block_offsets q_start_loc q_seqlens kv_start_loc kv_seqlens kv_flatten_size cu_seqlens_q "
+        "cu_seqlens_k max_q_seqlen max_kv_seqlen",
         "layers >= K attend with the lengths of the kept tokens",
-        "block_offsets",
-        *("q_start_loc", "q_seqlens", "kv_start_loc", "kv_seqlens", "kv_flatten_size"),
-        *("cu_seqlens_q", "cu_seqlens_k", "max_q_seqlen", "max_kv_seqlen"),
-        upstream=_DATACLASS,
-        remove_when="attention metadata can be made for a group of layers",
+        _FIELDS,
+        "attention metadata can be made for a group of layers",
     ),
 )
 
@@ -229,64 +212,68 @@ IN_WORKERS = (
 IN_SESSIONS = (
     _used(
         "lmdeploy.pytorch.strategies.ar.sequence:ARSequenceStrategy.update_running",
-        "replaced on a session's own engine: what it knows of a sequence after a pass",
         "running",
-        upstream="LMDeploy's outputs do not tell it",
-        remove_when="they do",
+        "replaced on a session's own engine: what it knows of a sequence after a pass",
+        "LMDeploy's outputs do not tell it",
+        "they do",
     ),
     _used(
         _SEQUENCE,
+        "model_meta engine_events logical_blocks",
         "kept tokens, preemptions and blocks of a sequence",
-        *("model_meta", "engine_events", "logical_blocks"),
-        upstream=_DATACLASS,
+        _FIELDS,
     ),
-    _used(f"{_SEQUENCE}.session_id", "whose sequence it is"),
-    _used(f"{_BLOCKS}.get_num_free_gpu_blocks", "blocks in use"),
-    _used(f"{_ASYNC}.generate", "the answer", "request"),
+    _used(f"{_SEQUENCE}.session_id", "", "whose sequence it is"),
+    _used(f"{_BLOCKS}:BaseBlockManager.get_num_free_gpu_blocks", "", "blocks in use"),
+    _used(f"{_ASYNC}.generate", "request", "the answer"),
     _used(
         "lmdeploy.vl.model.base:VisionModel.to_pytorch_with_input_ids",
-        "a prompt that comes as token ids",
         "messages",
+        "a prompt that comes as token ids",
     ),
 )
 
 
-def overridden() -> dict[type, tuple[type, ...]]:
-    """Our classes that stand in for LMDeploy's, and the classes whose methods they override."""
-    from lmdeploy.pytorch.engine.cache_engine.layout import PackedBlockCacheLayout
-    from lmdeploy.pytorch.engine.input_process import BaseModelInputProcessor
-    from lmdeploy.pytorch.models.utils.cudagraph import CudaGraphMixin
-    from lmdeploy.pytorch.models.utils.model import DeployModelMixin
-
-    from ep_backends.lmdeploy import kv, models
-
-    return {
-        models.PrunedModel: (DeployModelMixin, CudaGraphMixin),
-        models.InputProcessor: (BaseModelInputProcessor,),
-        kv.GroupedLayout: (PackedBlockCacheLayout,),
-    }
+# our classes that stand in for LMDeploy's, and the classes whose methods they override
+OVERRIDDEN = {
+    "ep_backends.lmdeploy.models:PrunedModel": (
+        "lmdeploy.pytorch.models.utils.model:DeployModelMixin",
+        "lmdeploy.pytorch.models.utils.cudagraph:CudaGraphMixin",
+    ),
+    "ep_backends.lmdeploy.models:InputProcessor": (
+        "lmdeploy.pytorch.engine.input_process:BaseModelInputProcessor",
+    ),
+    "ep_backends.lmdeploy.kv:GroupedLayout": (f"{_LAYOUT}:PackedBlockCacheLayout",),
+}
 
 
-@cache
 def overrides() -> tuple[AttachPoint, ...]:
-    """A point for each method that a class of ours overrides, read off the classes."""
-    return tuple(
-        AttachPoint(
-            f"{base.__module__}:{base.__qualname__}.{name}",
-            tuple(
-                parameter.name
-                for parameter in list(inspect.signature(ours).parameters.values())[1:]
-                if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-            ),
-            (inspect.getdoc(ours) or "").partition("\n")[0],
-            "official: what a class in LMDeploy's place may have",
-            "never",
-        )
-        for kind, bases in overridden().items()
-        for name, ours in vars(kind).items()
+    """A point for each method of these classes of ours, read off the classes."""
+    classes = tuple(
+        _used(base, "", "a class of ours stands in for it")
+        for bases in OVERRIDDEN.values()
         for base in bases
-        if inspect.isfunction(ours) and name in vars(base) and not name.startswith("__")
     )
+    if any(check_point(point).state == "FAILED" for point in classes):
+        return classes  # ours cannot even be imported
+    points = []
+    for target, bases in OVERRIDDEN.items():
+        for name, ours in vars(pkgutil.resolve_name(target)).items():
+            if not inspect.isfunction(ours) or name.startswith("_"):
+                continue
+            # a method that overrides nothing any more is looked for in vain
+            owners = (base for base in bases if name in vars(pkgutil.resolve_name(base)))
+            parameters = list(inspect.signature(ours).parameters.values())[1:]
+            named = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+            points.append(
+                _used(
+                    f"{next(owners, bases[0])}.{name}",
+                    " ".join(named),
+                    (inspect.getdoc(ours) or "").partition("\n")[0],
+                    "official: what a class in LMDeploy's place may have",
+                )
+            )
+    return (*classes, *points)
 
 
 def at_start() -> tuple[AttachPoint, ...]:
@@ -447,12 +434,13 @@ def check_points(points: Iterable[AttachPoint]) -> None:
         )
 
 
-def check_decoder(model: Any, theirs: Any, settings: Settings) -> None:
+def check_decoder(model: Any, theirs: Any, layers: Any, settings: Settings) -> None:
     """Refuse a decoder whose layers cannot be hooked as they are.
 
     Args:
         model: LMDeploy's model, built.
         theirs: the same as LMDeploy's own class has it, without our mixin.
+        layers: its decoder's.
         settings: what to prune.
 
     Raises:
@@ -463,8 +451,6 @@ def check_decoder(model: Any, theirs: Any, settings: Settings) -> None:
     from lmdeploy.pytorch.models.utils.cudagraph import CudaGraphMixin, PiecewiseCudaGraphMixin
     from lmdeploy.pytorch.models.utils.model import DeployModelMixin
 
-    from ep_backends.lmdeploy.prefill import decoder_layers
-
     name = type(model).__mro__[2].__name__  # behind the mixin
     if not all(isinstance(model, base) for base in (DeployModelMixin, CudaGraphMixin)):
         raise UnsupportedError(f"{name} has not the methods that pruning overrides")
@@ -473,7 +459,6 @@ def check_decoder(model: Any, theirs: Any, settings: Settings) -> None:
             f"{name} keeps values of its own for each sequence (update_model_metas), which were "
             "never tested together with pruning"
         )
-    layers = decoder_layers(model)
     if len(layers) != settings.shape.layers:
         raise UnsupportedError(
             f"the decoder has {len(layers)} layers, its configuration says {settings.shape.layers}"

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from lmdeploy.pytorch import distributed
 from lmdeploy.pytorch.engine.input_process import BaseModelInputProcessor, PreprocessInputResult
+from lmdeploy.pytorch.nn import Attention
+from torch import nn
 
 from ep_backends.lmdeploy.attached import attach_plan, plan_on
 from ep_backends.lmdeploy.ledger import check_decoder
-from ep_backends.lmdeploy.prefill import DROPPED, PAGES_BELOW, Pruner, decoder_layers
+from ep_backends.lmdeploy.prefill import DROPPED, PAGES_BELOW, Pruner
 from ep_backends.lmdeploy.settings import settings_in
+from ep_core.errors import UnsupportedError
 
 _Model: Any = object  # behind the mixin: a class of LMDeploy's, which is untyped
 
@@ -38,10 +41,11 @@ class PrunedModel(_Model):  # type: ignore[misc] # as the line above says
         self._pruner: Pruner | None = None
         if settings is None:
             return
-        check_decoder(self, super(), settings.core)
+        layers = _decoder_layers(self)
+        check_decoder(self, super(), layers, settings.core)
         world, _ = distributed.get_tp_world_rank("attn")
         ranks = _Ranks() if world > 1 else None
-        self._pruner = Pruner(decoder_layers(self), settings, ctx_mgr.current_context, ranks)
+        self._pruner = Pruner(layers, settings, ctx_mgr.current_context, ranks)
 
     def get_input_processor(self) -> Any:
         """What was decided of a prompt stays with its pictures."""
@@ -118,6 +122,16 @@ class InputProcessor(BaseModelInputProcessor):  # type: ignore[misc] # LMDeploy'
                     data.meta = dict(data.meta or {})
                     attach_plan(data.meta, plan)
         return result
+
+
+def _decoder_layers(model: Any) -> Any:
+    """The language model's layers: the module list whose layers attend through the KV cache."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            attention = getattr(module[0], "self_attn", None)
+            if isinstance(getattr(attention, "attn_fwd", None), Attention):
+                return module
+    raise UnsupportedError(f"{type(model).__name__} has no decoder layers that pruning knows")
 
 
 class _Ranks:

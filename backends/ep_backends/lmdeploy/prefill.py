@@ -32,7 +32,7 @@ from ep_backends.lmdeploy.attached import (
 from ep_backends.lmdeploy.kv import pages_below
 from ep_backends.lmdeploy.settings import LMDeploySettings
 from ep_core.compaction import Pass, Ranks
-from ep_core.errors import EntropyPruneError, UnsupportedError
+from ep_core.errors import EntropyPruneError
 
 DROPPED = "entropyprune_dropped"  # inputs of a model's forward pass
 PAGES_BELOW = "entropyprune_pages_below"
@@ -76,14 +76,14 @@ class Pruner:
         """
         self.settings = settings
         self._context, self._ranks = context, ranks
-        self._names = tuple(inspect.signature(type(layers[0]).forward).parameters)[1:]
         self._counts: list[int] = []  # of the decode step before, and the same on the device
         self._dropped: torch.Tensor | None = None
         if "queries" in settings.core.selector.needs:
             projection = layers[settings.core.layer - 1].self_attn.qkv_proj
             projection.register_forward_hook(self._after_projection)
         for i, layer in enumerate(layers):
-            layer.register_forward_pre_hook(partial(self._before_layer, i), with_kwargs=True)
+            names = tuple(inspect.signature(layer.forward).parameters)
+            layer.register_forward_pre_hook(partial(self._before_layer, i, names), with_kwargs=True)
 
     def plan(self, context: Any) -> list[dict[str, Any]] | None:
         """`update_model_metas`: plan a pass, and say what each sequence has behind it afterwards.
@@ -159,7 +159,7 @@ class Pruner:
             args, kwargs: its arguments, and the tensors of `inputs`.
 
         Returns:
-            LMDeploy's output, `[1, T, d]` hidden states; those of dropped tokens are zero.
+            LMDeploy's output, hidden states `[1, T, d]`; those of dropped tokens are zero.
         """
         step = step_of(self._context())
         metadata = kwargs["attn_metadata"]
@@ -172,12 +172,10 @@ class Pruner:
             step.rest = dataclasses.replace(metadata, kv_seqlens=lengths, cu_seqlens_k=ends)
         elif step.compaction is not None:
             step.rest = kept_metadata(metadata, step.compaction)
-        output = run(*args, **kwargs)
+        hidden = run(*args, **kwargs)
         if step.compaction is None or not step.compaction.shortens:
-            return output
-        if isinstance(output, dict):  # of a model that returns more beside them
-            return output | {"hidden_states": _spread(step.compaction, output["hidden_states"])}
-        return _spread(step.compaction, output)
+            return hidden
+        return step.compaction.spread(hidden[0], 0.0)[None]
 
     def _after_projection(self, module: Any, args: Any, output: torch.Tensor) -> None:
         compaction = step_of(self._context()).compaction
@@ -185,9 +183,11 @@ class Pruner:
             queries, _, _ = module.split_qkv(output.flatten(0, -2))
             compaction.copy_queries(queries)
 
-    def _before_layer(self, index: int, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _before_layer(
+        self, index: int, names: Sequence[str], layer: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
         """Between two layers: the seam. All arguments go on by name, unknown ones as they are."""
-        given = dict(zip(self._names, args, strict=False)) | kwargs
+        given = dict(zip(names, args, strict=False)) | kwargs
         step = step_of(self._context())
         if index < self.settings.core.layer:
             return (), given | {"attn_metadata": step.below}
@@ -203,8 +203,7 @@ class Pruner:
         compaction = step.compaction
         if compaction is None or not compaction.shortens:
             return given
-        # a layer's input is the sum of both, or the first alone
-        hidden, residual = given["hidden_states"], given["residual"]
+        hidden, residual = given["hidden_states"], given.get("residual")
         entering = hidden if residual is None else hidden + residual
         compaction.choose(self.settings.core.selector, entering[0], ranks=self._ranks)
         step.rotary = tuple(compaction.take(part) for part in given["rotary_pos_emb"])
@@ -212,22 +211,6 @@ class Pruner:
             "hidden_states": compaction.take(hidden, dim=1),
             "residual": None if residual is None else compaction.take(residual, dim=1),
         }
-
-
-def decoder_layers(model: nn.Module) -> Any:
-    """The language model's layers: the module list whose layers attend through the KV cache."""
-    from lmdeploy.pytorch.nn import Attention
-
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            attention = getattr(module[0], "self_attn", None)
-            if isinstance(getattr(attention, "attn_fwd", None), Attention):
-                return module
-    raise UnsupportedError(f"{type(model).__name__} has no decoder layers that pruning knows")
-
-
-def _spread(compaction: Pass, hidden: torch.Tensor) -> torch.Tensor:
-    return compaction.spread(hidden[0], 0.0)[None]
 
 
 def kept_metadata(metadata: Any, compaction: Pass) -> Any:
