@@ -222,7 +222,7 @@ def test_command_line_stops_with_one_line(arguments, expected, model):
         env=os.environ | {"ENTROPYPRUNE": POLICY},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 1

@@ -24,7 +24,7 @@ from ep_core.pictures import read_picture
 from ..servers import counters, post  # noqa: TID252 # tests are no installed package
 
 SAMPLES = json.loads((demo.PICTURES / "samples.json").read_text())
-START_SECONDS, STARTS = 120, 8
+START_SECONDS, STARTS = 600, 8
 NUMBER = "what number is written?"
 API_SERVER = [
     *("serve", "api_server", str(demo.MODEL), "--backend", "pytorch", "--eager-mode"),
