@@ -1,12 +1,17 @@
 """What happens before an engine runs: the policy is found, refused, or nothing is touched."""
 
+import copy
+import dataclasses
 import inspect
+import os
+import pickle
 import pkgutil
 import re
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,8 +19,9 @@ import ep_backends.lmdeploy
 from ep_backends.lmdeploy import ledger, plugin
 from ep_backends.lmdeploy.attached import settings_of
 from ep_backends.lmdeploy.families import FAMILIES
+from ep_backends.lmdeploy.settings import EnginePolicy, settings_in
 from ep_conformance.checkpoints import tiny_qwen2_5_vl
-from ep_core.errors import PolicyError, UnsupportedError
+from ep_core.errors import EntropyPruneError, PolicyError, UnsupportedError
 from ep_core.patching import check_point
 from ep_core.policy import PruningPolicy
 
@@ -207,6 +213,76 @@ def test_without_a_policy_nothing_differs_from_lmdeploy_alone(model, tmp_path):
     ep_backends.lmdeploy.activate().undo()
     with start(model, None) as session:
         assert as_it_is(session, content) == alone, "after undo"
+
+
+@pytest.mark.parametrize("where", ["activate", "environment"])
+def test_a_session_has_the_last_word(where, model, tmp_path, monkeypatch):
+    """Whatever the process or its environment says, and without changing either."""
+    content = (picture(tmp_path, 0, 8, 8), "what number is written?")
+    if where == "environment":
+        monkeypatch.setenv("ENTROPYPRUNE", POLICY)
+    ep_backends.lmdeploy.activate(POLICY if where == "activate" else None)
+    with start(model, None) as session:
+        config = session.pipeline.async_engine.engine.model_config
+        assert not hasattr(config.hf_config, "entropyprune")
+        assert config.custom_module_map is None
+        (answer,) = ask(session, [content])
+        assert answer.reason == "no policy is set"
+    with start(model, "layer=1,keep=3") as session:
+        (answer,) = ask(session, [content])
+        assert [len(span.kept) for span in answer.spans] == [3]
+    assert os.environ.get("ENTROPYPRUNE", "") == (POLICY if where == "environment" else "")
+
+
+def test_a_session_whose_engine_does_not_prune_says_so(model, tmp_path):
+    """An answer under a policy's name is pruned by it, or an error: never `no pictures`."""
+    content = (picture(tmp_path, 0, 8, 8), "what number is written?")
+    with start(model, POLICY) as session:
+        ep_backends.lmdeploy.activate().undo()
+        with pytest.raises(EntropyPruneError, match="was pruning undone meanwhile"):
+            ask(session, [content])
+        assert ask(session, [("is there a red star?",)])[0].reason.startswith("the prompt has no")
+    with start(model, POLICY) as session:
+        unhook(session)
+        with pytest.raises(EntropyPruneError, match=r"1 units .* should have lost tokens, 0 did"):
+            ask(session, [content])
+
+
+def unhook(session):
+    """The engine's model forgets the sequences' states."""
+    model = session.pipeline.async_engine.engine.executor.model_agent.patched_model.model
+    model._pruner.settings = dataclasses.replace(model._pruner.settings, details=False)
+
+
+def test_a_policy_on_its_way_activates_the_process_that_gets_it():
+    code = (
+        "import pickle, sys, ep_backends.lmdeploy.plugin as plugin; "
+        "policy = pickle.loads(sys.stdin.buffer.read()); "
+        "print(type(policy).__name__, policy, policy.details, plugin.is_active())"
+    )
+    for text, details, active in (("layer=2,keep=3", True, True), ("", False, False)):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            input=pickle.dumps(EnginePolicy(text, details=details)),
+            capture_output=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        assert done.stdout.decode().split("\n")[0] == f"EnginePolicy {text} {details} {active}"
+
+
+def test_a_policy_of_an_engine_is_settled_once_in_a_process():
+    config = SimpleNamespace(
+        to_dict=lambda: {"model_type": "llava", "text_config": {"model_type": "llama"}}
+    )
+    config.entropyprune = EnginePolicy("layer=2,keep=0.1", details=True)
+    settings = settings_in(config)
+    assert settings_in(config) is settings
+    assert (settings.details, settings.core.layer, settings.ratio) == (True, 2, 3)
+    assert settings_in(copy.deepcopy(config)).ratio == 3
+    for nothing in (EnginePolicy(""), None, "layer=2,keep=3"):
+        config.entropyprune = nothing
+        assert settings_in(config) is None
 
 
 @pytest.mark.parametrize("again", ["the same configuration", "a policy that nobody reads"])

@@ -329,11 +329,15 @@ class LMDeploySession(Session):
             return RequestRecord((), Reason.NO_POLICY)
         if not pictures:
             return RequestRecord((), Reason.NO_PICTURES)
-        kept = running.state.kept()
-        planned = 0 if running.plan is None else sum(1 for _ in running.plan.pruned)
-        if running.plan is None or len(kept) != planned:
+        if running.plan is None:
             raise EntropyPruneError(
-                f"LMDeploy pruned {len(kept)} of {planned} units of a prompt with pictures; please "
+                "the session has a policy, and its engine did not ask it about a prompt with "
+                "pictures; was pruning undone meanwhile?"
+            )
+        kept, planned = running.state.kept(), sum(1 for _ in running.plan.pruned)
+        if len(kept) != planned:
+            raise EntropyPruneError(
+                f"{planned} units of a prompt should have lost tokens, {len(kept)} did; please "
                 "report it"
             )
         return RequestRecord.of(running.plan, kept)
