@@ -84,6 +84,11 @@ def test_details_are_for_sessions_and_not_for_every_client():
     assert read_wish({"keep": 5, "details": True}, SERVER, details=True).details
 
 
+def test_one_token_is_no_riddle_in_a_session():
+    asked = session_wish(Request(("hi",), budget=Keep(1)), pruned=True)
+    assert read_wish(asked, SERVER, details=True).policy.budget == Keep(1)
+
+
 @pytest.mark.parametrize(
     ("budget", "asked"),
     [(None, {"details": True}), (Keep(5), {"keep": 5, "details": True}), ("off", "off")],
