@@ -15,7 +15,7 @@ import torch
 
 import ep_conformance.__main__ as suite
 import ep_conformance.plugin
-from ep_backends.transformers import enable
+from ep_backends.transformers import enable, layers
 from ep_backends.transformers.backend import TransformersBackend, TransformersSession
 from ep_backends.transformers.batch import Prefill
 from ep_conformance.recording import Recording
@@ -28,6 +28,7 @@ from ep_core.plan import PlannedUnit, RequestPlan, Run, Unit
 from ep_core.policy import PruningPolicy
 
 Choose = Any
+MATCHES = "test_engine_matches_oracle[{}]"
 
 
 def planned(spans: Sequence[tuple[int, int]], keep: Sequence[int], tokens: int) -> RequestPlan:
@@ -282,15 +283,25 @@ def renumbered(cut: Any) -> Any:
     return broken
 
 
+def unmasked(slots: Any) -> Any:
+    """Forget that shorter rows are padded."""
+
+    def broken(columns: torch.Tensor, padded: bool, *others: Any) -> Any:
+        return slots(columns, False, *others)
+
+    return broken
+
+
 @contextmanager
 def planted(name: str | None) -> Iterator[None]:
     """The defect inside the transformers backend."""
-    places = {
+    places: dict[str | None, tuple[Any, str, Callable[[Any], Any]]] = {
         "stale after a prefix hit": (Pass, "choose", stale()),
         "each chunk by itself": (Pass, "choose", defective(by_chunk)),
         "everyone as the first": (Pass, "choose", defective(by_first_row)),
         "top-k across images": (Pass, "choose", defective(across_pictures)),
         "re-indexed positions": (Prefill, "cut", renumbered),
+        "padding is seen": (layers, "Slots", unmasked),
     }
     with pytest.MonkeyPatch.context() as patch:
         if name in places:
@@ -345,15 +356,25 @@ def test_level_1_catches(defect, caught_by, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("defect", "caught_by"),
     [
-        ("off by one span", "demo-1pictures-layer=1,keep=0.11,method=released"),
-        ("top-k across images", "qwen-gqa-3pictures-layer=3,keep=0.5,method=set-entropy"),
-        ("re-indexed positions", "demo-1pictures-layer=1,keep=0.11,method=released"),
-        ("re-indexed positions", "llava-1pictures-layer=3,keep=0.5,method=set-entropy"),
-        ("everyone as the first", "llava-1+2pictures-layer=1,keep=16,method=trace"),
+        ("off by one span", MATCHES.format("demo-1pictures-layer=1,keep=0.11,method=released")),
+        (
+            "top-k across images",
+            MATCHES.format("qwen-gqa-3pictures-layer=3,keep=0.5,method=set-entropy"),
+        ),
+        (
+            "re-indexed positions",
+            MATCHES.format("demo-1pictures-layer=1,keep=0.11,method=released"),
+        ),
+        (
+            "re-indexed positions",
+            MATCHES.format("llava-1pictures-layer=3,keep=0.5,method=set-entropy"),
+        ),
+        ("everyone as the first", MATCHES.format("llava-1+2pictures-layer=1,keep=16,method=trace")),
+        ("padding is seen", "test_prompts_of_equal_length_that_keep_different_numbers"),
     ],
 )
 def test_level_2_catches(defect, caught_by, tmp_path, monkeypatch):
-    test = f"test_engine.py::test_engine_matches_oracle[{caught_by}]"
+    test = f"test_engine.py::{caught_by}"
     assert run(Broken(defect), tmp_path, monkeypatch, "--test", test) == {test: "failed"}
 
 

@@ -206,7 +206,7 @@ def check_not_compiled(model: Any, base: Any, decoder: Any, hooked: Mapping[str,
         around |= {name: decoder.get_submodule(name) for name in inner}
     for name, module in around.items():
         if (
-            own(module) is not module
+            uncompiled(module) is not module
             or module._compiled_call_impl is not None
             or hasattr(module.forward, "_torchdynamo_orig_callable")
         ):
@@ -216,7 +216,7 @@ def check_not_compiled(model: Any, base: Any, decoder: Any, hooked: Mapping[str,
             )
 
 
-def own(module: Any) -> Any:
+def uncompiled(module: Any) -> Any:
     """The module inside the wrapper that torch.compile puts around it."""
     return getattr(module, "_orig_mod", module)
 
@@ -247,7 +247,7 @@ def check_inputs(module: nn.Module, decoder: Any, given: dict[str, Any]) -> None
         return
     # without a mask transformers reads packed prompts off the text positions
     text = positions[0] if positions.ndim == 3 and len(positions) == 4 else positions
-    if text.ndim == 2 and bool((text.diff(dim=-1) != 1).any()):
+    if text.ndim == 2 and text.shape[1] > 1 and bool((text.diff(dim=-1) != 1).any()):
         raise _refusal("packed position_ids", "several prompts in one row cannot be told apart")
 
 
@@ -261,8 +261,8 @@ def check_labels(labels: torch.Tensor, rows: Sequence[Row]) -> None:
     """
     unanswered = sum(
         label != IGNORED and row.may_lack(column - 1)
-        for row, own_labels in zip(rows, labels.tolist(), strict=True)
-        for column, label in enumerate(own_labels)
+        for row, own in zip(rows, labels.tolist(), strict=True)
+        for column, label in enumerate(own)
         if column > 0
     )
     if unanswered:

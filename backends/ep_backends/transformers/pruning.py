@@ -31,9 +31,9 @@ from ep_backends.transformers.ledger import (
     check_inputs,
     check_labels,
     check_not_compiled,
-    own,
     refuse_continuous_batching,
     replaced,
+    uncompiled,
     warn_of_untested_version,
 )
 from ep_core.errors import UnsupportedError
@@ -70,7 +70,7 @@ def enable(model: PreTrainedModel, policy: PruningPolicy | str) -> Pruning:
         )
     warn_of_untested_version()
     settings = Settings.of(policy, model.config.to_dict())
-    settings.family.find(settings.config, ())  # says now if this checkpoint's are never found
+    settings.family.find(settings.config, ())  # refuses a checkpoint whose pictures it cannot find
     decoder = model.get_decoder()
     if active := getattr(decoder, _ACTIVE, None):
         raise UnsupportedError(
@@ -144,6 +144,7 @@ class Pruning:
         base, decoder = self._base, self._decoder
         self._hooked = {hook.path: decoder.get_submodule(hook.path) for hook in self._hooks}
         check_not_compiled(model, base, decoder, self._hooked)
+        self._signatures = {m: inspect.signature(m.forward) for m in (model, base, decoder)}
         setattr(decoder, _ACTIVE, self)
         self._patches.add(lambda: delattr(decoder, _ACTIVE))
         handles = [Hook("", "before", self._before_base).attach(base)]
@@ -159,10 +160,12 @@ class Pruning:
                 self._patches.replace(model, name, refuse_continuous_batching)
 
     def _checked(self, model: Any, generate: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(generate)
+
         @functools.wraps(generate)
         def checked(*args: Any, **kwargs: Any) -> Any:
             self._check_base(model)
-            given = _arguments(generate, args, kwargs)
+            given = _by_name(signature, args, kwargs)
             check_generation(model.generation_config, self.policy, given)
             # it may compute the features of pictures itself, and tells the model nothing of them
             self._thread.grids = picture_grids(self._settings.config, given)
@@ -174,13 +177,13 @@ class Pruning:
         return checked
 
     def _check_base(self, model: Any) -> None:
-        if own(model.base_model) is not self._base:
+        if uncompiled(model.base_model) is not self._base:
             raise replaced("its base model")
 
     def _before_model(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if self._on:
             self._check_base(module)
-            self._thread.labels = _arguments(module.forward, args, kwargs).get("labels")
+            self._thread.labels = _by_name(self._signatures[module], args, kwargs).get("labels")
 
     def _before_base(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Plan this pass."""
@@ -188,7 +191,7 @@ class Pruning:
         labels, thread.labels, thread.planned = thread.labels, None, None
         if not self._on:
             return
-        given = _arguments(module.forward, args, kwargs)
+        given = _by_name(self._signatures[module], args, kwargs)
         check_inputs(module, self._decoder, given)
         cache = given.get("past_key_values")
         continues = cache is not None and check_cache(cache, self.policy)
@@ -218,11 +221,11 @@ class Pruning:
 
     def _check_in_place(self, base: Any) -> None:
         """Refuse a model some of whose modules with hooks were replaced."""
-        if own(base.get_decoder()) is not self._decoder:
+        if uncompiled(base.get_decoder()) is not self._decoder:
             raise replaced("its decoder")
         for path, module in self._hooked.items():
             try:
-                found = own(self._decoder.get_submodule(path))
+                found = uncompiled(self._decoder.get_submodule(path))
             except AttributeError:  # a wrapper on the way to it
                 found = None
             if found is not module:
@@ -233,7 +236,7 @@ class Pruning:
         # a pass that an exception ended may have left its state behind
         thread.current, thread.planned = thread.planned, None
         if self._on and thread.current is None:
-            thread.current = self._unplanned(_arguments(module.forward, args, kwargs))
+            thread.current = self._unplanned(_by_name(self._signatures[module], args, kwargs))
 
     def _unplanned(self, given: dict[str, Any]) -> ForwardPass:
         """A call of the decoder without the model around it, which says where pictures are."""
@@ -267,8 +270,8 @@ class Pruning:
                 self._thread.latest = self._latest = current.prefill
 
 
-def _arguments(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _by_name(signature: inspect.Signature, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name."""
-    given = dict(inspect.signature(function).bind_partial(*args, **kwargs).arguments)
+    given = dict(signature.bind_partial(*args, **kwargs).arguments)
     others: dict[str, Any] = given.pop("kwargs", {})
     return given | others
