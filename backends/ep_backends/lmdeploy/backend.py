@@ -307,13 +307,14 @@ class LMDeploySession(Session):
     def _answer(self, request: Request, running: _Running) -> Answer:
         size = self._engine.engine.cache_config.block_size
         pictures = any(isinstance(part, Path) for part in request.content)
-        state = running.state
+        record, state = self._record(running, pictures), running.state
         return Answer(
             output_ids=tuple(running.ids),
             text=self._engine.tokenizer.decode(running.ids, skip_special_tokens=True).strip(),
             prompt_tokens=running.prompt_tokens,
-            **vars(self._record(running, pictures)),
+            spans=record.spans,
             kv=KVSlots(running.blocks * self._ratio * size, running.blocks * size, block=size),
+            reason=record.reason,
             logprobs=tuple(running.logprobs),
             chunks=state.passes or None,
             preempted=running.scheduled - 1,
