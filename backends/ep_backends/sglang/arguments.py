@@ -22,7 +22,6 @@ from ep_core.policy import ENV, PruningPolicy
 RADIX_CACHE = "entropyprune"  # name under which our prefix cache is registered with SGLang
 CUDA_ATTENTION, CPU_ATTENTION = "triton", "torch_native"  # chosen where none was
 PROVEN_ATTENTION = (CUDA_ATTENTION, CPU_ATTENTION)
-GLUE_GRAPH = "SGLANG_ENABLE_METADATA_GLUE_GRAPH"
 
 # argument -> (values that are fine, why others are not)
 FINE: Mapping[str, tuple[tuple[object, ...], str]] = {
@@ -73,6 +72,12 @@ OFF: Mapping[str, str] = {
     "debug_cuda_graph": "it was never tested with pruning",
     "enable_mis": "it was never tested with pruning",
     "enable_return_routed_experts": "it reads every token in every layer",
+}
+
+# environment variable -> why it must not be set
+UNSET: Mapping[str, str] = {
+    "SGLANG_ENABLE_METADATA_GLUE_GRAPH": "preparing a decode pass reads lengths on the host",
+    "SGLANG_RUST_SERVER": "it was never tested with pruning",
 }
 
 
@@ -262,8 +267,9 @@ def check_arguments(arguments: Any) -> None:
                 f"--cuda-graph-backend-decode {graphs.decode.backend}",
                 "it was never tested with pruning",
             )
-    if os.environ.get(GLUE_GRAPH, "").lower() in ("1", "true", "yes", "y"):
-        raise _refusal(GLUE_GRAPH, "preparing a decode pass reads lengths on the host")
+    for name, reason in UNSET.items():
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "y"):
+            raise _refusal(name, reason)
     chosen = _attention_backends(arguments)
     if unproven := chosen - set(PROVEN_ATTENTION):
         raise UnsupportedError(

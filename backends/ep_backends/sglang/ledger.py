@@ -8,11 +8,10 @@ read of SGLang's objects stands in `READ`.
 
 from __future__ import annotations
 
-import ast
+import dis
 import importlib
 import inspect
 import re
-import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType
@@ -441,6 +440,11 @@ READ = (
         ("world_size", "all_gather", "broadcast"),
         "one decision for all tensor-parallel ranks",
     ),
+    Read(
+        "sglang.srt.runtime_context:ParallelContext",
+        ("attn_tp_group",),
+        "the tensor-parallel ranks of the decoder",
+    ),
     Read("sglang.srt.plugins.hook_registry:HookType", ("AROUND",), "how a function is wrapped"),
     Read(
         "sglang.srt.entrypoints.engine:Engine",
@@ -531,25 +535,26 @@ def check_read(read: Read) -> PointStatus:
         owner = getattr(importlib.import_module(module), name)
     except Exception as error:  # importing a host can raise anything: a missing driver, say
         return PointStatus(target, "FAILED", f"not found: {error}")
-    given = _given_to_objects(owner)
-    if missing := [n for n in read.names if not hasattr(owner, n) and n not in given]:
-        return PointStatus(target, "FAILED", f"it has no {', '.join(missing)} any more")
+    missing = {name for name in read.names if not hasattr(owner, name)}
+    for each in inspect.getmro(owner)[:-1]:
+        missing -= _given_to_objects(each) if missing else set()
+    if missing:
+        return PointStatus(target, "FAILED", f"it has no {', '.join(sorted(missing))} any more")
     return PointStatus(target, "ok", read.why)
 
 
 def _given_to_objects(owner: type) -> set[str]:
-    """Attributes that a class declares, or that its methods set on `self`."""
-    found: set[str] = set()
-    for each in inspect.getmro(owner)[:-1]:
-        found |= inspect.get_annotations(each).keys()
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(each)))
-        except (OSError, TypeError):  # written in C, or made by a library
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                found.add(node.attr)
-    return found
+    """Attributes that a class declares, or that its own methods set."""
+    methods = [inspect.unwrap(m) for m in vars(owner).values() if inspect.isfunction(m)]
+    return {
+        *inspect.get_annotations(owner),
+        *(
+            str(step.argval)
+            for method in methods
+            for step in dis.get_instructions(method)
+            if step.opname == "STORE_ATTR"
+        ),
+    }
 
 
 def check_last_step() -> PointStatus:

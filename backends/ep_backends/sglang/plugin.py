@@ -161,9 +161,6 @@ def build_attention(original: Callable[..., Any], *, model_runner: Any) -> Any:
     with refusing():
         # the launcher has done so, but a step of SGLang's could have come after ours
         check_arguments(resolving_view(model_runner.server_args))
-        settings = settings_of(config)
-        layers = decoder_layers(model_runner.model)
-        check_decoder(layers, settings.layer)
     if model_runner.kv_cache_dtype != model_runner.dtype:
         raise StartRefused(
             f"the checkpoint asks for a KV cache in {model_runner.kv_cache_dtype}, which was never "
@@ -171,6 +168,10 @@ def build_attention(original: Callable[..., Any], *, model_runner: Any) -> Any:
         )
     if not config.is_hybrid_swa:
         raise StartRefused("the model has one KV pool: its configuration was made without pruning")
+    with refusing():
+        settings = settings_of(config)
+        layers = decoder_layers(model_runner.model)
+        check_decoder(layers, settings.layer)
     built = []
 
     def build(runner: Any) -> Any:

@@ -18,7 +18,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from torch import nn
 
 from ep_backends.sglang.attention import PrunedAttention
-from ep_backends.sglang.batch import ForwardPass, pass_of, prefill_of
+from ep_backends.sglang.batch import ForwardPass, on_host, pass_of, prefill_of
 from ep_backends.sglang.families import LAYER_INPUTS
 from ep_backends.sglang.requests import SGLangRequest
 from ep_core.compaction import HIDDEN, Pass, Ranks
@@ -118,9 +118,9 @@ class LayerHooks:
 
     def _drop(self, batch: Any, plan: Pass) -> None:
         """Hand the slots of dropped tokens to their requests."""
+        rows = on_host(batch.req_pool_indices_cpu, batch.req_pool_indices) if plan.units else []
         for ranked in plan.units:
-            request = pass_of(batch).requests[ranked.request]
-            row = int(batch.req_pool_indices_cpu[ranked.request])
+            request, row = pass_of(batch).requests[ranked.request], rows[ranked.request]
             home = self._attention.slots(row, ranked.unit.start, ranked.unit.stop)
             if request is not None:
                 request.dropped.add(self._attention.drop(home[ranked.gone]))
@@ -216,6 +216,7 @@ def select(
         extend_seq_lens_cpu=[tokens],
         extend_prefix_lens=None,
         extend_seq_lens=None,
+        req_pool_indices=None,
         req_pool_indices_cpu=torch.zeros(1, dtype=torch.int64),
         out_cache_loc=torch.arange(tokens, device=device),
         global_num_token_non_padded_cpu=tokens,
