@@ -11,7 +11,6 @@ from ep_core.errors import (
 )
 from ep_core.policy import PruningPolicy
 from ep_core.selection import Selector, SpanInputs
-from ep_core.spans import VisualSpan
 
 __all__ = [
     "BudgetError",
@@ -26,6 +25,5 @@ __all__ = [
     "Selector",
     "SpanInputs",
     "UnsupportedError",
-    "VisualSpan",
     "matrix_entropy",
 ]

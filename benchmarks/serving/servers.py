@@ -49,7 +49,7 @@ def memory(backend: str, policy: PruningPolicy | None, layers: int, tokens: int)
     if backend == "sglang":
         slots = kept = tokens
         if policy is not None:
-            from ep_backends.sglang.plugin import kept_ratio
+            from ep_backends.sglang.arguments import kept_ratio
 
             ratio = kept_ratio(policy, layers)
             slots = int(tokens * layers / (k + ratio * (layers - k)))

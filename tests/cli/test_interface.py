@@ -78,7 +78,7 @@ def test_the_command_line_without_its_packages_is_one_line(package):
 
 
 def test_a_defect_of_ours_is_no_missing_package():
-    done = python("import entropyprune.__main__", without="ep_core.spans")
+    done = python("import entropyprune.__main__", without="ep_core.plan")
     assert "ModuleNotFoundError" in done.stderr.splitlines()[-1]
 
 

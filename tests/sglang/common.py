@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
+import uuid
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -34,7 +36,10 @@ STRICT = {
 }
 TOLERANCE = 1e-4  # of a log-probability; the conformance suite's for logits
 TIE = 1e-3  # tokens whose log-probabilities are closer may swap
+SECONDS = 900  # a bound on whatever is waited for; nothing here takes that long, however busy
+GONE = "gone"  # how the names of requests begin that the scheduler itself may abort
 COUNTS: Counter[str] = Counter()
+ARMED: dict[str, int | None] = {}
 
 
 # In the engine's processes.
@@ -63,9 +68,16 @@ def install() -> None:
     )
     Scheduler.set_chunk_size = _set_chunk_size
     Scheduler.evict_from = _evict_from
-    Scheduler.abort_after_a_picture = _arm
-    if os.environ.get("ENTROPYPRUNE"):
-        HookRegistry.register("ep_backends.sglang.prefill._carry", _count_part, HookType.AFTER)
+    Scheduler.abort_when = _arm
+    if os.environ.get("ENTROPYPRUNE_WORKERS"):
+        HookRegistry.register(
+            "ep_backends.sglang.prefill.LayerHooks._cut", _count_parts, HookType.AFTER
+        )
+        HookRegistry.register(
+            "ep_backends.sglang.attention.PrunedAttention._decode_view",
+            _check_lengths,
+            HookType.AFTER,
+        )
         HookRegistry.register(
             "ep_backends.sglang.kv.KeptRadixCache.claim_kv_row", _count_released, HookType.BEFORE
         )
@@ -103,7 +115,7 @@ def _tell(result: None, controller: Any, state: dict[str, Any]) -> None:
         "running": len(scheduler.running_batch.reqs),
         "overlap": scheduler.enable_overlap,
         "plugin": "ep_backends.sglang.plugin" in sys.modules,
-        "private": getattr(tree, "_private_drops", 0),
+        "too many": tree.swa_transient_size(),
         "counts": dict(COUNTS),
     }
 
@@ -113,8 +125,20 @@ def _count_evicted(result: Any, *args: Any, **kwargs: Any) -> None:
     COUNTS["evicted kept"] += result.swa_num_tokens_evicted
 
 
-def _count_part(result: Any, *args: Any, **kwargs: Any) -> None:
-    COUNTS["parts"] += 1
+def _count_parts(result: Any, hooks: Any, batch: Any, *args: Any) -> None:
+    COUNTS["parts"] += sum(part.waiting is not None for part in batch.pruning.prefill.requests)
+
+
+def _check_lengths(view: Any, attention: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """The kept lengths of plans, known on the host, are what the mapping says."""
+    slots = attention._rows[batch.req_pool_indices.long()].long()
+    columns = torch.arange(slots.shape[1])
+    held = (attention._mapping[slots] > 0) & (columns < batch.seq_lens[:, None])
+    found, told = held.sum(dim=1).tolist(), view.seq_lens_cpu.tolist()
+    assert found == told, f"rows hold {found} kept tokens, their plans say {told}"
+    assert view.seq_lens.tolist() == told
+    assert view.seq_lens_sum == sum(told)
+    COUNTS["lengths"] += 1
 
 
 def _count_retracted(result: Any, *args: Any, **kwargs: Any) -> None:
@@ -122,12 +146,12 @@ def _count_retracted(result: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _count_released(tree: Any, req: Any) -> None:
-    from ep_backends.sglang.requests import plan_of
+    from ep_backends.sglang.requests import request_of
 
-    plan = plan_of(req)
-    if plan is not None:
-        COUNTS["released with a part"] += plan.carried is not None
-        COUNTS["released with dropped slots"] += bool(plan.released)
+    request = request_of(req)
+    if request is not None:
+        COUNTS["released with a part"] += request.waiting is not None
+        COUNTS["released with dropped slots"] += bool(request.dropped)
 
 
 def _set_chunk_size(scheduler: Any, size: int) -> None:
@@ -135,20 +159,31 @@ def _set_chunk_size(scheduler: Any, size: int) -> None:
     scheduler.chunked_prefill_size = size
 
 
-def _arm(scheduler: Any) -> None:
-    """Remote call: abort the next prompt in chunks whose last chunk has dropped tokens."""
-    COUNTS["abort after a picture"] = 1
+def _arm(scheduler: Any, chunks: int | None = None) -> None:
+    """Remote call: abort the next prompt in chunks that is called `GONE`.
+
+    Args:
+        scheduler: SGLang's.
+        chunks: once a picture waits at layer K after so many; None: once the last chunk has dropped
+            tokens, whose slots are in no list then.
+    """
+    ARMED["chunks"] = chunks
 
 
 def _abort_chunked(scheduler: Any, *args: Any) -> None:
-    """A client leaves while the chunk that completed a picture is still running."""
+    """A client leaves while a chunk of its prompt is running."""
     from sglang.srt.managers.io_struct import AbortReq
 
+    from ep_backends.sglang.requests import request_of
+
     req = scheduler.chunked_req
-    plan = getattr(req, "entropyprune", None)
-    if COUNTS["abort after a picture"] and plan is not None and plan.released:
-        COUNTS["abort after a picture"] = 0
-        COUNTS["aborted after a picture"] += 1
+    request = request_of(req)
+    if not ARMED or request is None or not req.rid.startswith(GONE):
+        return
+    chunks = ARMED["chunks"]
+    if request.dropped if chunks is None else request.waiting and request.chunks >= chunks:
+        ARMED.clear()
+        COUNTS["aborted"] += 1
         scheduler.abort_request(AbortReq(rid=req.rid))
 
 
@@ -274,12 +309,34 @@ def inside(session: Any) -> dict[str, Any]:
     return wait(session, look(session))
 
 
+async def until(session: Any, condition: Callable[[dict[str, Any]], bool], what: str) -> Any:
+    """Wait for a state of the scheduler; what it tells then."""
+    end = time.monotonic() + SECONDS
+    while not condition(told := await look(session)):
+        if time.monotonic() > end:
+            raise AssertionError(f"in {SECONDS} s the engine did not come to this: {what}: {told}")
+    return told
+
+
+def idle(session: Any) -> dict[str, Any]:
+    """Wait until no request is left in the scheduler; what it tells then.
+
+    An answer is there before the scheduler is through with its request: with the overlap schedule
+    one more pass is under way.
+    """
+
+    def empty(told: dict[str, Any]) -> bool:
+        return not (told["rows"] or told["waiting"] or told["running"])
+
+    return wait(session, until(session, empty, "no request is left"))
+
+
 @contextmanager
 def nothing_lost(session: Any) -> Iterator[None]:
     """Afterwards each slot of both pools is free or in the prefix cache, once."""
     yield
-    told = inside(session)
-    assert (told["rows"], told["waiting"], told["private"]) == (0, 0, 0), told
+    told = idle(session)
+    assert told["too many"] == 0, f"dropped slots of requests that are gone are counted: {told}"
     for name, pool in told["pools"].items():
         assert pool["free twice"] == 0, f"{name}: {told}"
         assert pool["protected"] == 0, f"{name}: a request that is gone holds a prefix: {told}"
@@ -303,7 +360,6 @@ async def each(
     contents: Sequence[tuple[str | Path, ...]],
     sampling: Sequence[dict[str, Any]] | None = None,
     names: Sequence[str] | None = None,
-    seconds: float = 60,
 ) -> list[dict[str, Any] | str]:
     """Submit messages at once as requests of their own.
 
@@ -311,22 +367,22 @@ async def each(
         session: a session of the backend.
         contents, sampling: as for `questions`.
         names: of the requests, to abort them by.
-        seconds: after which nobody waits any longer.
 
     Returns:
-        for each message SGLang's answer, or why it refused.
+        for each message SGLang's answer, or why there is none.
     """
     asked = questions(session, contents, sampling)
 
     async def one(i: int) -> dict[str, Any] | str:
         arguments = {key: value[i] for key, value in asked.items()}
-        if names is not None:
-            arguments["rid"] = names[i]
-        answer = session.engine.async_generate(**arguments, return_logprob=True)
+        name = uuid.uuid4().hex if names is None else names[i]
+        answer = session.engine.async_generate(**arguments, rid=name, return_logprob=True)
         try:
-            return await asyncio.wait_for(answer, seconds)
+            return await asyncio.wait_for(answer, SECONDS)
         except TimeoutError:
-            return f"no answer in {seconds} s"
+            # or it would be found running, and taken for a leak
+            session.engine.tokenizer_manager.abort_request(rid=name)
+            return f"no answer in {SECONDS} s"
         except ValueError as error:
             return str(error)
 

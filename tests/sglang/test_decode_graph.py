@@ -134,6 +134,16 @@ def test_buffers_hold_what_an_eager_pass_would_read(journal):
         )
 
 
+def test_kept_lengths_are_exact_on_the_host(journal):
+    """An attention backend that plans decode on the host would else plan work that is not there."""
+    for line in journal.replays:
+        lengths = [n or 1 for n in line["lengths"]]  # a padded lane reads the padding slot
+        assert line["on host"] == lengths
+        assert line["summed"] == sum(lengths)
+    held = {n for line in journal.replays for n in line["lengths"]}
+    assert len(held) > 3, "hardly a length occurred"
+
+
 def test_nothing_waits_for_the_device(journal):
     for line in journal.captures + journal.replays:
         assert not line["waits"], f"{line['event']}: {line['waits']}"
@@ -184,9 +194,11 @@ def activate():
     launch = GridExecutor.__call__
     GridExecutor.__call__ = lambda *args, **kwargs: Tape.kernel(launch, args, kwargs)
     prepare = PrunedAttention.init_forward_metadata_out_graph
-    PrunedAttention.init_forward_metadata_out_graph = lambda self, batch, in_capture=False: note(
-        prepare, self, batch, in_capture
-    )
+
+    def noted(self, forward_batch, in_capture=False):
+        note(prepare, self, forward_batch, in_capture)
+
+    PrunedAttention.init_forward_metadata_out_graph = noted
 
 
 class Tape(TorchDispatchMode):
@@ -299,7 +311,7 @@ def note(prepare, attention, batch, in_capture):
     """Around the preparation of a pass: what it waited for and what it left in the buffers."""
     with Waits([batch.seq_lens_cpu]) as waits:
         prepare(attention, batch, in_capture=in_capture)
-    view, full, kept = attention._view, attention.full, attention.kept
+    view, full, kept = batch.pruning.kept, attention.full, attention.kept
     line = {"waits": waits.seen, "addresses": {}}
     if in_capture:
         # what the captured kernels are given
@@ -318,7 +330,7 @@ def note(prepare, attention, batch, in_capture):
         CAPTURE.update(line)
         return
     lanes, padding = batch.batch_size, batch.num_padding
-    mapping, table = attention.mapping.tolist(), attention.rows.req_to_token.tolist()
+    mapping, table = attention._mapping.tolist(), attention._rows.tolist()
     rows, lengths = batch.req_pool_indices.tolist(), batch.seq_lens.tolist()
     expected = [
         [mapping[slot] for slot in table[row][:length] if mapping[slot]]
@@ -334,6 +346,9 @@ def note(prepare, attention, batch, in_capture):
             "padding": padding,
             "read": [reads[starts[i] : starts[i + 1]].tolist() for i in range(lanes)],
             "expected": [lane or [0] for lane in expected],
+            "lengths": [len(lane) for lane in expected],
+            "on host": view.seq_lens_cpu.tolist(),
+            "summed": view.seq_lens_sum,
             "written": attention._graph_slots[:lanes].tolist(),
             "targets": targets + [0] * padding,
         }

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ep_core import kernels
+from ep_core.plan import PlannedUnit, RequestPlan, Run, Unit
 from ep_core.plugins import registry
-from ep_core.spans import VisualSpan
 
 from ..host_sync import KERNELS, NoWaiting  # noqa: TID252 # tests are no installed package
 
@@ -17,37 +17,56 @@ pytestmark = pytest.mark.filterwarnings("default")  # the engine's warnings are 
 @pytest.mark.parametrize("method", ["released", "set-entropy"])
 def test_layer_k_does_not_wait(monkeypatch, method):
     """A prompt of two pictures in two chunks, the first of which ends inside the second picture."""
+    from sglang.srt.layers.layer_boundary.residual import batch as residual
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
     from ep_backends.sglang.attention import PrunedAttention
-    from ep_backends.sglang.prefill import Prefill, _Pass, _plan_request
-    from ep_backends.sglang.requests import RequestPlan
+    from ep_backends.sglang.batch import ForwardPass, pass_of, prefill_of
+    from ep_backends.sglang.prefill import LayerHooks
+    from ep_backends.sglang.requests import SGLangRequest
 
     monkeypatch.setitem(kernels._found, "meta", KERNELS)
-    prefill = object.__new__(Prefill)
-    prefill._settings = SimpleNamespace(selector=registry().selector(method))
-    prefill._group, prefill._head_dim = SimpleNamespace(world_size=1), 8
+    units = [PlannedUnit(Unit((Run(3, 19),)), 5), PlannedUnit(Unit((Run(22, 30),)), 2)]
+    request = SGLangRequest(RequestPlan.of(units, 33))
     with NoWaiting(), torch.device("meta"):
-        attention = prefill._attention = object.__new__(PrunedAttention)
-        attention.rows = SimpleNamespace(req_to_token=torch.empty(4, 64, dtype=torch.int32))
-        attention.mapping = torch.empty(99, dtype=torch.int64)
-        attention._kept_rows = SimpleNamespace(req_to_token=torch.empty(4, 64, dtype=torch.int32))
-        spans = [VisualSpan(3, 19), VisualSpan(22, 30)]
-        plan = RequestPlan(spans, [5, 2], None, "", False, {})
+        attention = object.__new__(PrunedAttention)
+        attention._rows = torch.empty(4, 64, dtype=torch.int32)
+        attention._mapping = torch.empty(99, dtype=torch.int64)
+        attention._kept_rows = torch.empty(4, 64, dtype=torch.int32)
+        attention.kept = SimpleNamespace(
+            kv_index_translator=None, init_forward_metadata=lambda view: None
+        )
+        hooks = LayerHooks(attention, registry().selector(method), 2, (4, 8))
         for start, new, computed in [(0, 26, 3 + 5 + 3), (26, 7, 2 + 3)]:
-            current = _Pass(new, queries=torch.empty(new, 32))
-            _plan_request(current, plan, row=1, first=0, prefix=start, new=new)
-            hidden, positions, slots = prefill._drop(
-                current,
-                torch.empty(new, 32),
-                torch.empty(3, new, dtype=torch.int64),
-                torch.empty(new, dtype=torch.int64),
+            batch = SimpleNamespace(
+                forward_mode=ForwardMode.EXTEND,
+                extend_prefix_lens=None,
+                extend_seq_lens=None,
+                extend_prefix_lens_cpu=[start],
+                extend_seq_lens_cpu=[new],
+                req_pool_indices=torch.empty(1, dtype=torch.int64),
+                req_pool_indices_cpu=torch.ones(1, dtype=torch.int64, device="cpu"),
+                out_cache_loc=torch.empty(new, dtype=torch.int64),
+                seq_lens=torch.empty(1, dtype=torch.int64),
+                global_num_token_non_padded_cpu=new,
+                pruning=ForwardPass([request]),
             )
+            residual.start(batch)
+            given = torch.empty(3, new, dtype=torch.int64), torch.empty(new, 32), batch
+            if method == "released":
+                hooks.enter_attention(None, given, {})
+                hooks.after_projection(None, (), (torch.empty(new, 48),))
+            (positions, hidden, _), _ = hooks.between(2, None, given, {})
             assert hidden.shape == (computed, 32)
             assert positions.shape == (3, computed)
-            assert slots.shape == (computed,)
-            rows = torch.empty(1, dtype=torch.int64)
-            assert attention.compact_rows(rows, rows, start + new).shape == (1,)
-        assert plan.carried is None
-        assert [len(gone) for gone in plan.released] == [11, 6]
+            current = pass_of(batch)
+            assert current.kept.out_cache_loc.shape == (computed,)
+            assert current.queries is None, "queries are held through all later layers"
+            assert not any(unit.waited and unit.waited.rows for unit in prefill_of(batch).units)
+            output = hooks.after_last_layer(None, given, {}, hidden)
+            assert output.shape == (new, 32)
+        assert request.waiting is None
+        assert len(request.dropped) == 11 + 6
 
 
 def test_freeing_waits_only_where_tokens_were_dropped():

@@ -5,7 +5,6 @@ own strict memory checks, and a probe in it cuts, evicts and aborts at chosen mo
 answers, kept sets and log-probabilities come from the suite's oracle.
 """
 
-import asyncio
 import random
 from contextlib import ExitStack
 
@@ -14,13 +13,14 @@ import pytest
 from ep_core import demo
 
 from .common import (
+    GONE,
     PROBE,
     alive,
     ask,
     each,
     expected,
+    idle,
     inside,
-    look,
     nothing_lost,
     problems,
     running,
@@ -84,7 +84,8 @@ def engine(tmp_path_factory):
 
 
 def forget(session):
-    """Empty the prefix cache."""
+    """Empty the prefix cache, which SGLang does only while nothing runs."""
+    idle(session)
     assert wait(session, session.engine.tokenizer_manager.flush_cache()).success
 
 
@@ -191,22 +192,8 @@ def test_logprobs_of_the_prompt_switch_pruning_off_for_that_request(engine):
 def test_aborted_requests_leave_nothing_behind(engine):
     a, b, c, d = PICTURES[:4]
     session = engine("released")
-    manager = session.engine.tokenizer_manager
     good = [(a, NUMBER), (STAR,), (d, a, STAR)]
-
-    async def abort_when(condition, contents, sampling):
-        """Answers of requests aborted once `condition` holds, and of `good` beside them."""
-        names = [f"gone {i}" for i in range(len(contents))]
-        gone = asyncio.ensure_future(each(session, contents, sampling, names))
-        for _ in range(1000):
-            if condition(await look(session)):
-                break
-        else:
-            pytest.fail("there was nothing to abort")
-        others = asyncio.ensure_future(each(session, good))
-        for name in names:
-            manager.abort_request(rid=name)
-        return await gone, await others
+    names = [GONE, *(f"good {i}" for i in range(len(good)))]
 
     def aborted(output):
         # SGLang raises for some of them
@@ -216,33 +203,30 @@ def test_aborted_requests_leave_nothing_behind(engine):
 
     # in a chunk that ends inside a picture: the first, the second, the third of the prompt
     session.engine.collective_rpc("set_chunk_size", size=8)
-    for parts in (4, 22, 42):
+    for chunks in (4, 22, 42):
         forget(session)
         before = inside(session)["counts"]
-        enough = before.get("parts", 0) + parts
+        session.engine.collective_rpc("abort_when", chunks=chunks)
         with nothing_lost(session):
-            (gone,), outputs = wait(
-                session,
-                abort_when(
-                    lambda told, enough=enough: told["counts"].get("parts", 0) >= enough,
-                    [(b, c, d, NUMBER)],
-                    [{}],
-                ),
+            gone, *outputs = wait(
+                session, each(session, [(b, c, d, NUMBER), *good], [{}] * len(names), names)
             )
-        assert aborted(gone), f"after {parts} parts: it was answered: {gone}"
-        assert not differences(outputs, good), f"after {parts} parts"
+        assert aborted(gone), f"after {chunks} chunks: it was answered: {gone}"
+        assert not differences(outputs, good), f"after {chunks} chunks"
         released = inside(session)["counts"].get("released with a part", 0)
         assert released > before.get("released with a part", 0), (
-            f"after {parts} parts: no part of a picture waited when the request was aborted"
+            f"after {chunks} chunks: no part of a picture waited when the request was aborted"
         )
     # right after the chunk that completed a picture: its dropped slots are in no list yet
     session.engine.collective_rpc("set_chunk_size", size=BEFORE + TOKENS + 2)
-    session.engine.collective_rpc("abort_after_a_picture")
+    session.engine.collective_rpc("abort_when")
     forget(session)
+    before = inside(session)["counts"]
     with nothing_lost(session):
-        (gone,) = wait(session, each(session, [(b, c, d, NUMBER)], [{}], ["gone"]))
+        (gone,) = wait(session, each(session, [(b, c, d, NUMBER)], [{}], [GONE]))
     assert aborted(gone), f"it was answered: {gone}"
-    assert inside(session)["counts"]["aborted after a picture"] == 1
+    released = inside(session)["counts"].get("released with dropped slots", 0)
+    assert released > before.get("released with dropped slots", 0), "nothing was dropped by then"
     session.engine.collective_rpc("set_chunk_size", size=CHUNK)
     with nothing_lost(session):
         contents = [(b, c, d, NUMBER), (b, NUMBER), (a, b, STAR), *good]
@@ -265,10 +249,10 @@ def test_what_the_kept_pool_cannot_hold_does_not_block_the_server(engine):
                     session,
                     [(text,), ("how many circles?",)],
                     [{"max_new_tokens": tokens}, {"max_new_tokens": 4}],
-                    seconds=120,
                 ),
             )
-        assert "no answer in 120 s" not in (first, second), name
+        assert not isinstance(second, str), f"{name}: {second}"
+        assert "no answer" not in first, f"{name}: {first}"
         assert second["meta_info"]["finish_reason"]["type"] == "length", name
         if name == "a long text":
             assert "--swa-full-tokens-ratio" in first, first
@@ -314,6 +298,7 @@ def test_eviction_and_retraction(engine):
     assert happened.get("evicted full", 0) > 0, f"nothing was evicted: {happened}"
     assert happened.get("evicted kept", 0) > 0, f"nothing was evicted: {happened}"
     assert happened.get("retracted", 0) > 0, f"nobody was retracted: {happened}"
+    assert happened.get("lengths", 0) > 0, f"no kept length was compared: {happened}"
     found = {}
     for i, ((content, tokens), output) in enumerate(zip(requests, outputs, strict=True)):
         if wrong := problems(output, expected(content, LAYER, KEEP, "released", 40), tokens):

@@ -11,13 +11,12 @@ import pytest
 import torch
 
 import ep_backends.sglang
-from ep_backends.sglang import ledger, plugin
+from ep_backends.sglang import arguments, plugin
+from ep_backends.sglang.arguments import Orders
 from ep_conformance.checkpoints import tiny_internvl
 from ep_core import demo
-from ep_core.errors import UnsupportedError
-from ep_core.patching import check_point
-from ep_core.plugins import registry
-from ep_core.policy import PruningPolicy
+from ep_core.errors import PolicyError, UnsupportedError
+from ep_core.policy import ENV, PruningPolicy
 
 pytestmark = pytest.mark.filterwarnings("default")  # the engine's warnings are not ours to fix
 
@@ -29,7 +28,7 @@ def clean_environment(monkeypatch):
     """What the launcher of a server leaves in the environment must not reach other tests."""
     monkeypatch.delenv("ENTROPYPRUNE", raising=False)
     yield
-    os.environ.pop("ENTROPYPRUNE", None)
+    Orders.give(None)
 
 
 def resolve(**arguments):
@@ -45,21 +44,6 @@ def resolve(**arguments):
     return resolving_view(server_args)
 
 
-@pytest.mark.parametrize("point", ledger.POINTS, ids=lambda point: point.target)
-def test_attach_point_fits_the_installed_version(point):
-    status = check_point(point)
-    assert status.state == "ok", status.detail
-    assert point.why
-    assert point.upstream
-    assert point.remove_when
-
-
-def test_the_version_is_the_one_the_ledger_names():
-    from sglang.version import __version__
-
-    assert __version__ == ledger.TESTED
-
-
 def test_nothing_set_changes_no_argument():
     plain = resolve()
     assert plain.radix_cache_backend is None
@@ -71,17 +55,24 @@ def test_nothing_set_changes_no_argument():
     "override", [{"entropyprune": POLICY}, {"entropyprune": PruningPolicy.parse(POLICY).to_json()}]
 )
 def test_policy_in_json_reaches_the_workers_through_the_environment(override):
-    arguments = resolve(json_model_override_args=json.dumps(override))
-    assert PruningPolicy.from_environment() == PruningPolicy.parse(POLICY)
-    assert arguments.radix_cache_backend == "entropyprune"
-    assert arguments.attention_backend == "torch_native"
+    resolved = resolve(json_model_override_args=json.dumps(override))
+    assert Orders.read() == Orders(PruningPolicy.parse(POLICY))
+    assert PruningPolicy.from_environment() is None, "what a user sets was overwritten"
+    assert resolved.radix_cache_backend == "entropyprune"
+    assert resolved.attention_backend == "torch_native"
     # and it is gone for the next engine of this process
     assert resolve().radix_cache_backend is None
-    assert PruningPolicy.from_environment() is None
+    assert Orders.read() is None
 
 
-def test_policy_in_json_does_not_switch_off_a_server_that_this_process_starts():
-    """A server that inherits the environment has its policy there, whoever wrote it."""
+def test_policy_in_the_environment_reaches_the_workers_too(monkeypatch):
+    monkeypatch.setenv("ENTROPYPRUNE", POLICY)
+    assert resolve().radix_cache_backend == "entropyprune"
+    assert Orders.read() == Orders(PruningPolicy.parse(POLICY))
+
+
+def test_a_server_that_this_process_starts_is_not_pruned_by_our_own_policy():
+    """What an engine hands to its workers is not what a user set for every server."""
     resolve(json_model_override_args=json.dumps({"entropyprune": POLICY}))
     program = f"from {Path(__file__).stem} import resolve; print(resolve().radix_cache_backend)"
     done = subprocess.run(
@@ -89,15 +80,30 @@ def test_policy_in_json_does_not_switch_off_a_server_that_this_process_starts():
         cwd=Path(__file__).parent,  # where this module is
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )
-    assert done.stdout.split()[-1] == "entropyprune"
+    assert done.stdout.split()[-1] == "None"
 
 
 @pytest.mark.parametrize("override", ["nonsense", "[]", '{"other": 1}'])
 def test_override_that_is_not_for_us_is_left_to_sglang(override):
-    assert plugin._policy(override) is None
+    assert arguments.asked_for(override) is None
+
+
+def test_only_who_starts_an_engine_can_allow_details(monkeypatch):
+    policy = PruningPolicy.parse(POLICY)
+
+    def asked(**more):
+        return arguments.asked_for(json.dumps({"entropyprune": policy.to_json() | more}))
+
+    assert asked() == Orders(policy, details=False)
+    assert asked(details=True) == Orders(policy, details=True)
+    with pytest.raises(PolicyError, match="details='yes' is not allowed; use true or false"):
+        asked(details="yes")
+    monkeypatch.setenv("ENTROPYPRUNE", POLICY)
+    assert asked(details=True) == Orders(policy, details=True)
+    assert arguments.asked_for("") == Orders(policy, details=False)
 
 
 def test_policy_in_both_places_must_agree(monkeypatch):
@@ -166,10 +172,19 @@ def test_cuda_graphs_that_pass_by_the_hooks_are_refused(phases, message):
             return getattr(resolved, name)
 
     with pytest.raises(UnsupportedError, match=message):
-        ledger.check_arguments(WithGraphs())
+        arguments.check_arguments(WithGraphs())
 
 
-@pytest.mark.parametrize("name", [*ledger.FINE, *ledger.OFF])
+@pytest.mark.parametrize("name", ["SGLANG_ENABLE_METADATA_GLUE_GRAPH", "SGLANG_RUST_SERVER"])
+def test_environment_variables_that_cannot_work_are_refused(name, monkeypatch):
+    resolve()
+    monkeypatch.setenv("ENTROPYPRUNE", POLICY)
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(UnsupportedError, match=f"{name} does not work with pruning"):
+        resolve()
+
+
+@pytest.mark.parametrize("name", [*arguments.FINE, *arguments.OFF])
 def test_every_refused_argument_exists(name):
     from sglang.srt.server_args import ServerArgs
 
@@ -202,14 +217,14 @@ def test_model_that_sglang_runs_with_transformers_code_is_refused(tmp_path, monk
 
 @pytest.mark.parametrize(
     ("policy", "layers", "ratio"),
-    [("layer=2,keep=128", 32, 0.36), ("layer=2,keep=0.5", 32, 0.5), ("layer=1,keep=1", 2, 0.818)],
+    [("layer=2,keep=128", 32, 0.304), ("layer=2,keep=0.5", 32, 0.5), ("layer=1,keep=1", 2, 0.778)],
 )
-def test_kept_pool_leaves_text_nine_tenths_of_its_capacity(policy, layers, ratio):
+def test_kept_pool_leaves_text_seven_eighths_of_its_capacity(policy, layers, ratio):
     parsed = PruningPolicy.parse(policy)
-    assert plugin.kept_ratio(parsed, layers) == pytest.approx(ratio, abs=1e-3)
+    assert arguments.kept_ratio(parsed, layers) == pytest.approx(ratio, abs=1e-3)
     k = parsed.layer
     text_tokens = ratio * layers / (k + ratio * (layers - k))
-    assert text_tokens >= 0.9 - 1e-3
+    assert text_tokens >= 7 / 8 - 1e-3
 
 
 @pytest.mark.parametrize(
@@ -228,7 +243,7 @@ def test_launcher_stops_with_one_line(environment, expected):
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 1
@@ -236,16 +251,6 @@ def test_launcher_stops_with_one_line(environment, expected):
     assert last.startswith("entropyprune: error:"), done.stderr[-2000:]
     assert expected in last
     assert "Traceback" not in done.stderr
-
-
-def test_plugin_that_sglang_would_not_load_is_reported(monkeypatch):
-    backend = registry().backend("sglang").load()
-    monkeypatch.setenv("SGLANG_PLUGINS", "another")
-    entry = backend.probe()[0]
-    assert entry.state == "FAILED"
-    assert "SGLANG_PLUGINS=another,entropyprune" in entry.detail
-    monkeypatch.delenv("SGLANG_PLUGINS")
-    assert backend.probe()[0].state == "ok"
 
 
 def test_hook_that_did_not_take_stops_the_server(monkeypatch):
@@ -264,25 +269,59 @@ def test_hook_that_did_not_take_stops_the_server(monkeypatch):
 def test_quantised_kv_that_a_checkpoint_asks_for_is_refused(monkeypatch):
     """The argument that is refused says "auto" then."""
     monkeypatch.setenv("ENTROPYPRUNE", POLICY)
-    runner = SimpleNamespace(
-        model_config=None,
-        is_draft_worker=False,
-        dtype=torch.bfloat16,
-        kv_cache_dtype=torch.float8_e4m3fn,
-    )
+    resolved = resolve()
+    runner = runner_of(resolved, dtype=torch.bfloat16, kv_cache_dtype=torch.float8_e4m3fn)
     with pytest.raises(SystemExit, match=r"KV cache in torch\.float8_e4m3fn, .* give one"):
         plugin.build_attention(lambda **arguments: None, model_runner=runner)
 
 
+def test_arguments_that_a_step_behind_ours_changed_are_refused_where_the_model_runs(monkeypatch):
+    """SGLang's last step has no name of its own: one day another may come behind it."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    monkeypatch.setenv("ENTROPYPRUNE", POLICY)
+    resolved = resolve()
+    runner = runner_of(resolved)
+    declare_resolution(runner.server_args, "a later step", page_size=16)
+    with pytest.raises(SystemExit, match="--page-size 16 does not work with pruning"):
+        plugin.build_attention(lambda **arguments: None, model_runner=runner)
+
+
+def runner_of(resolved, **more):
+    """As much of SGLang's `ModelRunner` as is looked at before anything is built."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    server_args = object.__getattribute__(resolved, "_server_args")
+    return SimpleNamespace(
+        server_args=server_args,
+        model_config=model_config_of(server_args),
+        is_draft_worker=False,
+        **more,
+    )
+
+
 def test_plugin_that_fails_to_load_stops_the_server_that_needs_it(monkeypatch):
+    from sglang.srt.arg_groups import resolution_hooks
+
+    resolve()
+    monkeypatch.setattr(resolution_hooks, "_HOOKS", {})  # as in a process where we did not load
     monkeypatch.setattr(plugin, "register", lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # SGLang logs it; nobody asked for pruning
+    with pytest.raises(ZeroDivisionError):  # SGLang logs it; nothing asks for pruning
         ep_backends.sglang.activate()
+    assert resolve().radix_cache_backend is None
+    with pytest.raises(SystemExit, match="entropyprune: error: division by zero"):
+        resolve(json_model_override_args='{"entropyprune": {"layer": 2, "keep": 3}}')
     with monkeypatch.context() as asked:
         override = '{"entropyprune": {"layer": 2, "keep": 3}}'
         asked.setattr("sys.argv", ["launch_server", "--json-model-override-args", override])
         with pytest.raises(SystemExit, match="entropyprune: error: division by zero"):
             ep_backends.sglang.activate()
-    monkeypatch.setenv("ENTROPYPRUNE", POLICY)
-    with pytest.raises(SystemExit, match="entropyprune: error: division by zero"):
-        ep_backends.sglang.activate()
+    for name in ep_backends.sglang._ASKED:
+        with monkeypatch.context() as asked:
+            asked.setenv(name, POLICY)
+            with pytest.raises(SystemExit, match="entropyprune: error: division by zero"):
+                ep_backends.sglang.activate()
+
+
+def test_the_variables_that_ask_for_pruning_are_those_that_are_read():
+    assert set(ep_backends.sglang._ASKED) == {ENV, Orders._ENV}

@@ -10,27 +10,39 @@ import uuid
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any
 
-from ep_backends.budgets import KEY, wish_of
-from ep_backends.selection import select
+import torch
+
+from ep_backends.sglang.arguments import CPU_ATTENTION, CUDA_ATTENTION, RADIX_CACHE
+from ep_backends.sglang.families import architecture_of, check_checkpoint, differences
 from ep_backends.shared.pictures import read_picture
-from ep_core.backend import Answer, Capabilities, KVSlots, Request, Serving, check_placement
+from ep_backends.shared.requests import FIELD, session_wish
+from ep_core.backend import (
+    Answer,
+    Backend,
+    Capabilities,
+    KVSlots,
+    Request,
+    Serving,
+    Session,
+    check_placement,
+)
 from ep_core.checkpoint import read_config
 from ep_core.errors import EntropyPruneError, UnsupportedError
-from ep_core.patching import PointStatus, check_point
+from ep_core.patching import PointStatus
+from ep_core.plan import Reason, RequestPlan
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy, no_policy_in_environment
 from ep_core.report import SpanRecord
 
 PLUGINS_ENV = "SGLANG_PLUGINS"  # names of the plugins that SGLang loads; unset: all of them
-NO_PICTURES = "the prompt has no visual tokens"
 
 # what SGLang needs to run without a GPU
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
 CPU_ARGUMENTS: dict[str, Any] = {
     "device": "cpu",
-    "attention_backend": "torch_native",
+    "attention_backend": CPU_ATTENTION,
     "mm_attention_backend": "sdpa",
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
@@ -39,16 +51,8 @@ CPU_ARGUMENTS: dict[str, Any] = {
     "max_running_requests": 32,
 }
 
-# SGLang 0.5.23 routes this layout to its transformers fallback, which fails on the first picture
-BROKEN = {
-    "LlavaForConditionalGeneration": "SGLang 0.5.23 cannot run LLaVA-1.5 checkpoints in Hugging "
-    "Face layout, pruned or not; use one in the original layout (LlavaLlamaForCausalLM)"
-}
 
-HALF_ONLY = ("LlavaLlamaForCausalLM",)  # SGLang 0.5.23 loads its vision tower in float16 always
-
-
-class SGLangBackend:
+class SGLangBackend(Backend):
     """SGLang's offline engine, in processes of its own."""
 
     capabilities = Capabilities(
@@ -70,16 +74,27 @@ class SGLangBackend:
 
     def attention(self, device: str) -> str:
         """What the plugin chooses where nothing is set."""
-        return str(CPU_ARGUMENTS["attention_backend"]) if device == "cpu" else "triton"
+        return CPU_ATTENTION if device == "cpu" else CUDA_ATTENTION
 
     def probe(self) -> Sequence[PointStatus]:
-        """Check each attach point against the installed SGLang."""
-        from ep_backends.sglang.ledger import POINTS
+        """Check each place where the backend reaches into the installed SGLang."""
+        from ep_backends.sglang.ledger import probe
 
-        return [_check_entry_point(), *map(check_point, POINTS)]
+        return [check_entry_point(), *probe()]
 
-    # as the hooks do: each picture's tokens apart
-    select = staticmethod(select)
+    def select(
+        self,
+        method: str,
+        plan: RequestPlan,
+        *,
+        queries: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+        device: str = "cpu",
+    ) -> list[list[int]]:
+        """Send one prompt through the hooks between the layers."""
+        from ep_backends.sglang.prefill import select
+
+        return select(registry().selector(method), plan, queries, hidden, device)
 
     def server_command(self, arguments: Sequence[str]) -> list[str]:
         """SGLang's own launcher."""
@@ -109,7 +124,7 @@ class SGLangBackend:
         return SGLangSession(model, policy, device, dtype, served | arguments)
 
 
-class SGLangSession:
+class SGLangSession(Session):
     """A running engine; see `ep_core.backend.Session`."""
 
     def __init__(
@@ -122,12 +137,13 @@ class SGLangSession:
     ) -> None:
         config = read_config(model)
         registry().family(config["model_type"])
-        architecture = (config.get("architectures") or [""])[0]
-        if reason := BROKEN.get(architecture):
-            raise UnsupportedError(reason)
+        check_checkpoint(config)
         check_placement(device, dtype)
-        if architecture in HALF_ONLY and dtype not in (None, "float16"):
+        architecture = architecture_of(config)
+        if architecture in differences(config).half_only and dtype not in (None, "float16"):
             raise UnsupportedError(f"SGLang runs {architecture} in float16 only; leave dtype out")
+        if policy is not None and (entry := check_entry_point()).state == "FAILED":
+            raise UnsupportedError(f"SGLang would not prune: {entry.detail}")
         if device == "cpu":
             for name, value in CPU_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
@@ -135,7 +151,8 @@ class SGLangSession:
 
         self._processor = load_processor(Path(arguments.get("tokenizer_path") or model))
         self._pruned = policy is not None
-        override = {} if policy is None else {"entropyprune": policy.to_json()}
+        # only a session's requests may ask for details
+        override = {} if policy is None else {FIELD: policy.to_json() | {"details": True}}
         with no_policy_in_environment():
             import sglang
 
@@ -149,16 +166,39 @@ class SGLangSession:
                     **arguments,
                 }
             )
+        try:
+            self._check_alive()
+        except UnsupportedError:
+            self.engine.shutdown()
+            raise
 
-    def __enter__(self) -> Self:
-        return self
+    def _check_alive(self) -> None:
+        """See in the scheduler's own state that it prunes, if it should.
+
+        It cannot run with our prefix cache unless the plugin was loaded in its process and all of
+        its hooks took.
+
+        Raises:
+            UnsupportedError: it does not.
+        """
+        if not self._pruned:
+            return
+        for state in self._wait(self.engine.tokenizer_manager.get_internal_state()):
+            if state.get("radix_cache_backend") != RADIX_CACHE:
+                raise UnsupportedError(
+                    "the engine runs without pruning: SGLang did not load the plugin; see its log, "
+                    "and run entropyprune doctor --backend sglang"
+                )
 
     def __exit__(self, *exception: object) -> None:
         self.engine.shutdown()
 
+    def _wait(self, work: Any) -> Any:
+        return self.engine.loop.run_until_complete(work)
+
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer the requests; SGLang batches them as it sees fit."""
-        outputs: list[Any] = self.engine.loop.run_until_complete(self._ask_all(requests))
+        outputs: list[Any] = self._wait(self._ask_all(requests))
         for output in outputs:
             if isinstance(output, BaseException):
                 raise EntropyPruneError(str(output)) from None
@@ -173,16 +213,16 @@ class SGLangSession:
                 await manager.get_internal_state()
             return int((await manager.get_loads())[0].num_used_tokens)
 
-        return int(self.engine.loop.run_until_complete(count()))
+        return int(self._wait(count()))
 
     async def _ask_all(self, requests: Sequence[Request]) -> list[dict[str, Any] | BaseException]:
-        # who is refused leaves nobody running whose answer is not awaited
+        # one that is refused does not leave the others running without anything that awaits them
         return await asyncio.gather(*map(self._ask, requests), return_exceptions=True)
 
     async def _ask(self, request: Request) -> dict[str, Any]:
         """SGLang's last output for one request; of a client that left, the last that it got."""
         name = uuid.uuid4().hex
-        wish = wish_of(request, self._pruned)
+        wish = session_wish(request, self._pruned)
         pictures = [read_picture(part) for part in request.content if isinstance(part, Path)]
         # a batch of one: alone, SGLang takes a prompt with several pictures for one with one
         stream = await self.engine.async_generate(
@@ -193,7 +233,7 @@ class SGLangSession:
                 {
                     "temperature": 0,
                     "max_new_tokens": request.max_new_tokens,
-                    "custom_params": None if wish is None else {KEY: wish},
+                    "custom_params": None if wish is None else {FIELD: wish},
                 }
             ],
             return_logprob=True,
@@ -207,10 +247,6 @@ class SGLangSession:
             if len(got["output_ids"]) >= enough:
                 self.engine.tokenizer_manager.abort_request(rid=name)
         return got
-
-    def layer_entropies(self, request: Request) -> NoReturn:
-        """Not offered: hidden states of every layer do not leave the engine."""
-        raise UnsupportedError("backend 'sglang' cannot measure layers; use transformers")
 
     def prompt(self, content: Sequence[str | Path]) -> str:
         """One user message through the checkpoint's chat template."""
@@ -228,14 +264,18 @@ class SGLangSession:
         finish = meta["finish_reason"] or {}
         if finish.get("type") == "abort" and request.leave_after is None:
             raise EntropyPruneError(str(finish.get("message", "the engine gave up the request")))
-        (info,) = meta.get("entropyprune") or [None]
-        reason = None
+        (info,) = meta.get(FIELD) or [None]
+        pictures = any(isinstance(part, Path) for part in request.content)
+        reason: str | None = Reason.NO_PICTURES
         if not self._pruned:
-            reason = "no policy is set"
-        elif info is None:
-            reason = NO_PICTURES
-        else:
+            reason = Reason.NO_POLICY
+        elif info is not None:
             reason = info.get("reason")
+        elif pictures and finish.get("type") != "abort":
+            raise EntropyPruneError(
+                "SGLang answered a request with pictures and did not say what was pruned; please "
+                "report it"
+            )
         info = info or {}
         kv = info.get("kv")
         return Answer(
@@ -267,7 +307,7 @@ def _arguments(serving: Serving) -> dict[str, Any]:
     return found
 
 
-def _check_entry_point() -> PointStatus:
+def check_entry_point() -> PointStatus:
     """Would SGLang load us?"""
     group, name = "sglang.srt.plugins", "entropyprune"
     target = f"entry point {name} in group {group}"

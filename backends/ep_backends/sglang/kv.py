@@ -5,12 +5,16 @@ that mix full and sliding-window attention; a mapping leads from a token's slot 
 to its slot in the second. Here the first pool serves the layers below K and the second, the kept
 pool, those from K on, without any window. **A token is kept if and only if its slot maps to one
 of the kept pool** (0 is no slot): attention, the prefix cache and the reports all read that
-mapping, so there is no second record that could go stale.
+mapping, so there is no second record that could go stale. How many tokens of a request that are is
+in its plan, which nobody changes.
+
+SGLang calls the second pool `swa`, and so do its methods that are overridden here.
 """
 
 from __future__ import annotations
 
 import heapq
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,9 +26,9 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_cache.components.swa import SWAComponent
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from ep_backends.sglang.requests import RequestPlan, plan_of
-
-RADIX_CACHE = "entropyprune"  # name under which the prefix cache is registered
+from ep_backends.sglang.plugin import verify
+from ep_backends.sglang.requests import SGLangRequest, publish, request_of
+from ep_core.report import RequestRecord
 
 
 def free_kept_slots(
@@ -38,7 +42,7 @@ def free_kept_slots(
         free_index: `[n]` slots of the first pool.
         start_pos: where they lie in their request.
     """
-    if nothing_dropped(allocator):  # known without waiting for the device
+    if nothing_dropped(allocator):  # then nothing waits for the device
         original(allocator, free_index, start_pos=start_pos)
         return
     held = free_index[allocator.full_to_swa_index_mapping[free_index] > 0]
@@ -49,8 +53,8 @@ def free_kept_slots(
 def nothing_dropped(allocator: Any) -> bool:
     """Has every token in use a slot in both pools? Host integers only.
 
-    A dropped token's slot is back in the kept pool (`KeptRadixCache._settle`) before its request
-    frees or caches the token, so of those that this is asked about none is overlooked.
+    A dropped token's slot goes back to the kept pool before its request frees or caches the token
+    (`KeptRadixCache._free_dropped`), so of those that this is asked about none is overlooked.
     """
     full = allocator.size_full - allocator.full_available_size()
     return bool(full == allocator.size_swa - allocator.swa_available_size())
@@ -134,11 +138,11 @@ class KeptComponent(SWAComponent):  # type: ignore[misc]  # sglang is untyped
         """Keep a picture out of the tree until all of its tokens were ranked."""
         limit = super().prepare_for_caching_req(req, insert_params, token_ids_len, is_finished)
         limits = [] if limit is None else [int(limit)]
-        if (plan := plan_of(req)) is not None:
-            if span := plan.pruned_span_at(token_ids_len):
-                limits.append(span.start)
-            if plan.cacheable is not None:
-                limits.append(plan.cacheable)
+        if (request := request_of(req)) is not None:
+            if cut := request.plan.unit_at(token_ids_len):
+                limits.append(cut.unit.start)
+            if request.cacheable is not None:
+                limits.append(request.cacheable)
         return min(limits, default=None)
 
     # The base class frees the oldest window first, wherever it lies in the tree. A prefix is of no
@@ -172,7 +176,8 @@ class KeptRadixCache(UnifiedRadixCache):  # type: ignore[misc]  # sglang is unty
     """The unified radix cache with a `KeptComponent` for the layers from K on."""
 
     def __init__(self, params: Any) -> None:
-        self._private_drops = 0
+        # requests that lost tokens; SGLang holds them as long as they live
+        self._pruned: weakref.WeakSet[Any] = weakref.WeakSet()
         super().__init__(params)
 
     def _match_tree(self, params: Any) -> Any:
@@ -181,86 +186,76 @@ class KeptRadixCache(UnifiedRadixCache):  # type: ignore[misc]  # sglang is unty
         Its tail was evicted or never cached; a set is selected from the whole picture.
         """
         result = super()._match_tree(params)
-        plan = plan_of(params.req)
-        if plan is None:
+        request = request_of(params.req)
+        if request is None:
             return result
-        plan.cacheable = None
-        span = plan.pruned_span_at(result.device_prefix_len)
-        if span is None:
+        request.cacheable = None
+        if (cut := request.plan.unit_at(result.device_prefix_len)) is None:
             return result
         # nor may it come to lie on the tree's half of it: the two may keep different tokens
-        plan.cacheable = span.start
-        return super()._match_tree(replace(params, key=params.key[: span.start]))
+        request.cacheable = cut.unit.start
+        return super()._match_tree(replace(params, key=params.key[: cut.unit.start]))
 
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
         """Give back what the request's prefill dropped, then insert what it holds."""
-        plan = plan_of(req)
-        if plan is not None:
-            self._settle(plan)
-            self._describe(req, plan, up_to)
+        request = request_of(req)
+        if request is not None:
+            self._free_dropped(request)
+            self._describe(req, request, up_to)
+            if request.plan.dropped:
+                self._pruned.add(req)
         super().checkpoint(req, up_to=up_to, **kwargs)
-        if plan is not None:
-            private = 0
-            if not req.finished():  # its slots are about to be freed
-                private = plan.dropped_in(up_to) - plan.dropped_in(req.kv.cache_protected_len)
-            self._private_drops += private - plan.private
-            plan.private = private
 
     def claim_kv_row(self, req: Any) -> bool:
         """A request's slots are about to be freed: those that were dropped as well."""
-        plan = plan_of(req)
-        if plan is not None:
-            self._settle(plan)
-            self._private_drops -= plan.private
-            plan.private = 0
+        if (request := request_of(req)) is not None:
+            self._free_dropped(request)
         return bool(super().claim_kv_row(req))
 
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self._private_drops = 0
-
     def swa_transient_size(self) -> int:
-        """For SGLang's check while it is busy (off by default): it counts a kept slot for each
-        token that a request owns, and dropped tokens have none.
+        """For SGLang's check while it is busy (off by default): the kept slots that its count has
+        too many, for it counts one for each token that a request owns.
         """
-        return -self._private_drops
+        return -sum(map(_freed, self._pruned))
 
-    def _settle(self, plan: RequestPlan) -> None:
+    def _free_dropped(self, request: SGLangRequest) -> None:
         """Give the slots that a prefill dropped back to the kept pool."""
-        if not plan.released:
-            return
-        if plan.ready is not None:  # they were chosen on the forward stream
-            torch.cuda.current_stream().wait_event(plan.ready)
-        slots = torch.cat(plan.released)
-        plan.released.clear()
-        self.token_to_kv_pool_allocator.swa_attn_allocator.free(slots)
-        plan.private += len(slots)
-        self._private_drops += len(slots)
+        if request.dropped:
+            self.token_to_kv_pool_allocator.swa_attn_allocator.free(request.dropped.take())
 
-    def _describe(self, req: Any, plan: RequestPlan, up_to: int) -> None:
+    def _describe(self, req: Any, request: SGLangRequest, up_to: int) -> None:
         """Once the prompt is in, say which tokens were kept, if the request asks for that."""
-        prompt = len(req.origin_input_ids)
-        if not plan.detailed or "spans" in plan.info:
+        if not request.details or request.described:
             return
-        plan.info["chunks"] = plan.info.get("chunks", 0) + 1
-        if up_to < prompt:
+        request.chunks += 1
+        tokens = request.plan.prompt_tokens
+        if up_to < tokens:
             return
-        row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :prompt].long()
-        kept = self.token_to_kv_pool_allocator.full_to_swa_index_mapping[row] > 0
-        plan.info["spans"] = [
-            {
-                "start": span.start,
-                "stop": span.stop,
-                "kept": kept[span.start : span.stop].nonzero().flatten().tolist(),
-            }
-            for span in plan.spans
-        ]
-        plan.info["kv"] = {"below": int((row > 0).sum()), "from": int(kept.sum())}
+        request.described = True
+        row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :tokens].long()
+        held = self.token_to_kv_pool_allocator.full_to_swa_index_mapping[row] > 0
+        kept = []
+        for planned in request.plan.pruned:
+            own = torch.tensor(planned.unit.offsets, device=held.device) + planned.unit.start
+            kept.append(held[own].nonzero().flatten().tolist())
+        record = RequestRecord.of(request.plan, kept)
+        publish(req, request.detailed_report(record.spans, int((row > 0).sum()), int(held.sum())))
+
+
+def _freed(req: Any) -> int:
+    """Kept slots of a request's own tokens, the tree's left out, that are free already."""
+    request = request_of(req)
+    if request is None or not req.kv.holds_kv:
+        return 0
+    before, own = req.kv.cache_protected_len, req.kv.kv_allocated_len
+    plan = request.plan
+    dropped = plan.dropped_before(own) - plan.dropped_before(before)
+    return dropped - len(request.dropped)
 
 
 def build_radix_cache(context: Any) -> Any:
     """Factory of the prefix cache, registered with SGLang as `RADIX_CACHE`."""
+    verify()
     context.params.component_registry_override = {ComponentType.SWA: KeptComponent}
     # no window: a token is dropped by choice, never for its age
     context.params.sliding_window_size = context.model_config.context_len

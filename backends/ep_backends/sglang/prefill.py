@@ -1,265 +1,177 @@
-"""Prefill: rank each picture's tokens before layer K, run the kept ones through the rest.
+"""Between the layers of the decoder: rank each picture's tokens before layer K, cut the others out.
 
-Forward hooks on the decoder's layers do it, so the same code serves every model whose layers take
-`(positions, hidden_states, forward_batch)`.
-
-A chunk of a long prompt may end inside a picture. Its part of the picture then waits at layer K
-and goes on with the chunk that brings the rest: the answer is that of the whole prompt at once.
+Forward hooks do it, so the same code serves every model whose layers take `positions`,
+`hidden_states` and `forward_batch`. What to cut is planned by `ep_core.compaction`; this file says
+where that happens in SGLang and which of its tensors have a row for each token.
 """
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from sglang.srt.layers.layer_boundary.residual import batch as residual
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from torch import nn
 
-from ep_backends.selection import choose
 from ep_backends.sglang.attention import PrunedAttention
-from ep_backends.sglang.requests import Carried, RequestPlan, plan_of
+from ep_backends.sglang.batch import ForwardPass, on_host, pass_of, prefill_of
+from ep_backends.sglang.families import LAYER_INPUTS
+from ep_backends.sglang.requests import SGLangRequest
+from ep_core.compaction import HIDDEN, Pass, Ranks
 from ep_core.errors import UnsupportedError
-from ep_core.settings import Settings
-from ep_core.spans import VisualSpan
+from ep_core.plan import RequestPlan
+from ep_core.selectors import Selector
+
+SLOTS = "slots"
 
 
-@dataclass
-class _Picture:
-    """A picture that ends in this batch: its tokens are ranked now.
-
-    Attributes:
-        plan: of its request.
-        span: where it is in its prompt.
-        keep: tokens that stay.
-        row: its request's row in the table of slots.
-        first: position in the batch of its first token that is new in it.
-        carried: its tokens of earlier chunks, or None.
-    """
-
-    plan: RequestPlan
-    span: VisualSpan
-    keep: int
-    row: int
-    first: int
-    carried: Carried | None
-
-    @property
-    def waiting(self) -> int:
-        """Tokens from earlier chunks."""
-        return 0 if self.carried is None else self.carried.stop - self.span.start
-
-
-@dataclass
-class _Part:
-    """The beginning of a picture whose end is not in this batch: it waits.
-
-    Attributes:
-        plan, span, carried: as for `_Picture`.
-        first, stop: its new tokens in the batch.
-    """
-
-    plan: RequestPlan
-    span: VisualSpan
-    first: int
-    stop: int
-    carried: Carried | None
-
-
-@dataclass
-class _Pass:
-    """One extend batch, planned on host integers.
-
-    Attributes:
-        tokens: new tokens in the batch.
-        runs: in order, what layers >= K compute: `(first, stop)` tokens of the batch, or a picture.
-        prefixes: tokens of each request that layers >= K hold already.
-        extends: tokens of each request that they compute now.
-        stops: for each request the prompt position after the last token that they will have seen.
-        standing_in: requests whose tokens all wait, by their first token in the batch.
-    """
-
-    tokens: int
-    runs: list[tuple[int, int] | _Picture] = field(default_factory=list)
-    parts: list[_Part] = field(default_factory=list)
-    prefixes: list[int] = field(default_factory=list)
-    extends: list[int] = field(default_factory=list)
-    stops: list[int] = field(default_factory=list)
-    standing_in: list[int] = field(default_factory=list)
-    queries: torch.Tensor | None = None
-    positions: torch.Tensor | None = None
-    source: torch.Tensor | None = None  # None: nothing is dropped, nothing waits
-    real: int | None = None  # the batch's own number of tokens, where SGLang counted it
-
-    @property
-    def pictures(self) -> list[_Picture]:
-        """Pictures that are ranked now."""
-        return [run for run in self.runs if isinstance(run, _Picture)]
-
-
-class Prefill:
-    """The hooks of one model, and what they pass on within a forward pass."""
+class LayerHooks:
+    """The hooks of one decoder. They know nothing of a pass but what is on its batch."""
 
     def __init__(
-        self, model: nn.Module, attention: PrunedAttention, settings: Settings, group: Any
+        self,
+        attention: Any,
+        selector: Selector,
+        layer: int,
+        heads: tuple[int, int],
+        ranks: Ranks | None = None,
     ) -> None:
-        """Attach to a model.
+        """Prepare; `attach` puts them on.
 
         Args:
-            model: SGLang's model.
-            attention: its attention backend.
-            settings: what to prune.
-            group: the tensor-parallel group.
+            attention: the decoder's `PrunedAttention`.
+            selector: the policy's method.
+            layer: K.
+            heads: query heads of this rank, and the size of each.
+            ranks: tensor-parallel ranks that decide together, or None for one alone.
         """
-        self._attention = attention
-        self._settings = settings
-        self._group = group
-        self._pass: _Pass | None = None
-        attention.prefill = self._plan
-        layers, k = decoder_layers(model), settings.layer
-        if "queries" in settings.selector.needs:
-            projection = layers[k - 1].self_attn.qkv_proj
-            projection.register_forward_hook(self._after_projection)
-        layers[k].register_forward_pre_hook(self._before_layer_k)
-        for layer in layers[k + 1 :]:
-            layer.register_forward_pre_hook(self._before_later_layer)
-        layers[-1].register_forward_hook(self._after_last_layer)
-        self._q_size = layers[k - 1].self_attn.q_size
-        self._head_dim = layers[k - 1].self_attn.head_dim
+        self._attention, self._selector, self._layer = attention, selector, layer
+        self._heads, self._ranks = heads, ranks
+        self._entered: ForwardPass | None = None
 
-    def _plan(self, batch: Any) -> None:
-        """Plan a batch; SGLang forgets its pictures before the first layer runs."""
-        rows = _on_host(batch.req_pool_indices_cpu, batch.req_pool_indices)
-        prefixes = _on_host(batch.extend_prefix_lens_cpu, batch.extend_prefix_lens)
-        lengths = _on_host(batch.extend_seq_lens_cpu, batch.extend_seq_lens)
-        inputs = batch.mm_inputs or [None] * len(rows)
-        current = self._pass = _Pass(sum(lengths))
-        first = 0
-        for row, prefix, new, own in zip(rows, prefixes, lengths, inputs, strict=True):
-            _plan_request(current, plan_of(own), row, first, prefix, new)
-            first += new
+    def attach(self, layers: Any) -> None:
+        """Put the hooks on a decoder's layers."""
+        if "queries" in self._selector.needs:
+            attention = layers[self._layer - 1].self_attn
+            attention.register_forward_pre_hook(self.enter_attention, with_kwargs=True)
+            attention.qkv_proj.register_forward_hook(self.after_projection)
+        for index in range(self._layer, len(layers)):
+            hook = partial(self.between, index)
+            layers[index].register_forward_pre_hook(hook, with_kwargs=True)
+        layers[-1].register_forward_hook(self.after_last_layer, with_kwargs=True)
 
-    def _after_projection(self, module: nn.Module, args: Any, output: Any) -> None:
-        current = self._pass
-        if current is not None and (current.pictures or current.parts):
-            # [T, H_local * D]; a copy, because RoPE may rotate them in place
-            current.queries = output[0][:, : self._q_size].clone()
-
-    def _before_layer_k(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Hand the kept tokens on."""
-        positions, hidden, batch, *rest = args
-        current = self._pass
-        if current is None or not batch.forward_mode.is_extend():
+    def between(
+        self, index: int, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """After layer `index - 1`, before layer `index`: cut."""
+        given = _given(args, kwargs)
+        batch = given["forward_batch"]
+        if not batch.forward_mode.is_extend():
             return None
-        slots = batch.out_cache_loc.long()
-        if current.pictures or current.parts:
-            hidden = residual.fold(hidden, batch)
-            hidden, positions, slots = self._drop(current, hidden, positions, slots)
-            residual.set_written(hidden, batch)
-            # SGLang takes tokens beyond this number for padding, and there may be more than before
-            current.real = batch.global_num_token_non_padded_cpu
-            batch.global_num_token_non_padded_cpu = len(hidden)
-        current.positions, current.queries = positions, None
-        view = copy.copy(batch)
-        _resize(view, current)
-        view.out_cache_loc = self._attention.mapping[slots]
-        _send_to_padding(view.out_cache_loc, current)
-        self._attention.begin_kept_layers(view, current.stops)
-        return positions, hidden, batch, *rest
+        current, changed = pass_of(batch), {}
+        if index == self._layer:
+            slots = batch.out_cache_loc.long()
+            if prefill_of(batch).shortens:
+                changed["hidden_states"], slots = self._cut(batch, given, slots)
+            self._attention.begin_kept_layers(batch, slots)
+        if current.positions is None:
+            return None
+        return _replaced(args, kwargs, changed | {"positions": current.positions})
 
-    def _drop(
-        self, current: _Pass, hidden: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rank each picture that is complete, drop the rest of it, let the other parts wait.
+    def _cut(
+        self, batch: Any, given: Mapping[str, Any], slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rank each unit that is complete, drop the rest of it, let parts of others wait.
 
         Args:
-            current: the pass; its `source` is set.
-            hidden: `[T, d]` hidden states entering layer K.
-            positions: `[T]` or `[3, T]`.
-            slots: `[T]` slots of the pool below K.
+            batch: SGLang's batch.
+            given: what layer K was given.
+            slots: `[T]` slots below layer K.
 
         Returns:
-            The same of what layers >= K compute.
+            `[T', d]` hidden states and `[T']` slots of what layers >= K compute.
         """
-        table, mapping = self._attention.rows.req_to_token, self._attention.mapping
-        queries = current.queries
-        # what there is to take from: the batch's tokens, then those that waited
-        states, places, homes = [hidden], [positions], [slots]
-        offset = current.tokens
-        source: list[torch.Tensor] = []
-        for run in current.runs:
-            if not isinstance(run, _Picture):
-                source.append(torch.arange(*run, device=hidden.device))
-                continue
-            own = slice(run.first, run.first + len(run.span) - run.waiting)
-            home = table[run.row, run.span.start : run.span.stop].long()
-            kept = self._select(run, hidden[own], None if queries is None else queries[own])
-            gone = home[_others(kept, len(run.span))]
-            run.plan.released.append(mapping[gone])
-            mapping.index_fill_(0, gone, 0)
-            if hidden.is_cuda:
-                run.plan.ready = torch.cuda.current_stream().record_event()
-            at = run.first + kept - run.waiting
-            if run.carried is not None:
-                at = torch.where(kept < run.waiting, offset + kept, at)
-                states.append(run.carried.hidden)
-                places.append(run.carried.positions)
-                homes.append(home[: run.waiting])
-                offset += run.waiting
-                run.plan.carried = None
-            source.append(at)
-        for part in current.parts:
-            part.plan.carried = _carry(part, hidden, positions, queries, self._head_dim)
-        current.source = torch.cat(source)
-        return (
-            torch.cat(states)[current.source],
-            torch.cat(places, dim=-1)[..., current.source],
-            torch.cat(homes)[current.source],
-        )
-
-    def _before_later_layer(
-        self, module: nn.Module, args: tuple[Any, ...]
-    ) -> tuple[Any, ...] | None:
-        current = self._pass
-        if current is None or current.source is None or not args[2].forward_mode.is_extend():
-            return None
-        return current.positions, *args[1:]
-
-    def _after_last_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Spread the output back to the batch's tokens; dropped ones read zero."""
-        current, batch = self._pass, args[2]
-        if current is None or not batch.forward_mode.is_extend():
-            return None
-        self._pass = None
-        if current.source is None:
-            return None
-        batch.global_num_token_non_padded_cpu = current.real
-        hidden = residual.fold(output, batch)
-        # tokens that waited belong to no token of this batch: they go to a row behind it
-        target = current.source.clamp_max(current.tokens)
-        spread = hidden.new_zeros(current.tokens + 1, hidden.shape[1])
-        spread[target] = hidden
-        return residual.set_written(spread[: current.tokens], batch)
-
-    def _select(
-        self, picture: _Picture, hidden: torch.Tensor, queries: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Kept tokens of a picture, `[keep]` ascending; one decision for all ranks."""
+        current, plan = pass_of(batch), prefill_of(batch)
+        hidden = residual.fold(given["hidden_states"], batch)
+        queries, current.queries = current.queries, None
         if queries is not None:
-            queries = queries.view(len(queries), -1, self._head_dim)
-        if picture.carried is not None:
-            hidden = torch.cat([picture.carried.hidden, hidden])
-            if queries is not None:
-                assert picture.carried.queries is not None
-                queries = torch.cat([picture.carried.queries, queries])
-        return choose(
-            self._settings.selector,
-            picture.keep,
-            queries=queries,
-            hidden=hidden,
-            ranks=self._group if self._group.world_size > 1 else None,
-        )
+            queries = queries.view(len(queries), *self._heads)
+        plan.choose(self._selector, hidden, queries, ranks=self._ranks)
+        self._drop(batch, plan)
+        current.positions = plan.take(given["positions"], "positions", dim=-1)
+        slots = plan.take(slots, SLOTS)
+        hidden = residual.set_written(plan.take(hidden, HIDDEN), batch)
+        for unit in plan.units:
+            if unit.waited is not None:
+                unit.waited.rows.clear()
+        for request, part in zip(current.requests, plan.requests, strict=True):
+            if request is not None:
+                request.waiting = part.waiting
+        # SGLang takes tokens beyond this number for padding, and there may be more than before
+        current.tokens = batch.global_num_token_non_padded_cpu
+        batch.global_num_token_non_padded_cpu = len(hidden)
+        return hidden, slots
+
+    def _drop(self, batch: Any, plan: Pass) -> None:
+        """Hand the slots of dropped tokens to their requests."""
+        rows = on_host(batch.req_pool_indices_cpu, batch.req_pool_indices) if plan.units else []
+        for ranked in plan.units:
+            request, row = pass_of(batch).requests[ranked.request], rows[ranked.request]
+            home = self._attention.slots(row, ranked.unit.start, ranked.unit.stop)
+            if request is not None:
+                request.dropped.add(self._attention.drop(home[ranked.gone]))
+            if ranked.waited is not None:
+                # the table says where they are now
+                ranked.waited.rows[SLOTS] = home[: len(ranked.waited)]
+
+    def after_last_layer(
+        self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> Any:
+        """Spread the output back to the batch's tokens; dropped ones read zero."""
+        batch = _given(args, kwargs)["forward_batch"]
+        current = pass_of(batch)
+        if current.positions is None:
+            return None
+        batch.global_num_token_non_padded_cpu = current.tokens
+        hidden = residual.fold(output, batch)
+        return residual.set_written(prefill_of(batch).spread(hidden, 0.0), batch)
+
+    # The projection of layer K-1 is not given the batch: the attention that calls it is.
+
+    def enter_attention(
+        self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Before layer K-1 attends: does the pass want its queries?"""
+        batch = _given(args, kwargs)["forward_batch"]
+        wanted = batch.forward_mode.is_extend() and prefill_of(batch).shortens
+        self._entered = pass_of(batch) if wanted else None
+
+    def after_projection(self, module: Any, args: Any, output: Any) -> None:
+        """Keep the queries, before RoPE."""
+        current, self._entered = self._entered, None
+        if current is not None:
+            heads, size = self._heads
+            # [T, H * D]; a copy, because RoPE may rotate them in place
+            current.queries = output[0][:, : heads * size].clone()
+
+
+def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer's inputs by name, in whatever way they were given."""
+    return dict(zip(LAYER_INPUTS, args, strict=False)) | dict(kwargs)
+
+
+def _replaced(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], changed: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A layer's inputs in the way they were given, some of them changed."""
+    named = zip(LAYER_INPUTS, args, strict=False)
+    first = tuple(changed.get(name, value) for name, value in named)
+    by_name = {name: changed.get(name, value) for name, value in kwargs.items()}
+    return (*first, *args[len(first) :]), by_name
 
 
 def decoder_layers(model: nn.Module) -> Any:
@@ -274,113 +186,46 @@ def decoder_layers(model: nn.Module) -> Any:
     raise UnsupportedError(f"{type(model).__name__} has no decoder layers that pruning knows")
 
 
-def _plan_request(
-    current: _Pass, plan: RequestPlan | None, row: int, first: int, prefix: int, new: int
-) -> None:
-    """Add one request's new tokens `[prefix, prefix + new)`, at `first` in the batch."""
-    stop = prefix + new
-    held = prefix - (0 if plan is None else plan.dropped_in(prefix))
-    at, count = prefix, 0  # up to where it is planned, tokens that layers >= K compute
+class _OnePrompt(PrunedAttention):
+    """In the place of a server's attention: a table with one prompt, and nothing that attends."""
 
-    def run_to(position: int) -> int:
-        if position > at:
-            current.runs.append((first + at - prefix, first + position - prefix))
-        return max(0, position - at)
+    def __init__(self, tokens: int, device: str) -> None:
+        self._rows = torch.arange(tokens, device=device)[None]
+        self._mapping = torch.arange(tokens, device=device)
 
-    for span, keep in zip(plan.spans, plan.keep, strict=True) if plan is not None else ():
-        if keep == len(span) or span.stop <= prefix or span.start >= stop:
-            continue
-        assert plan is not None
-        carried = None
-        if span.start < prefix:
-            carried = plan.carried
-            if carried is None or (carried.span, carried.stop) != (span, prefix):
-                raise RuntimeError(
-                    f"entropyprune: a prefix of {prefix} tokens ends inside the picture "
-                    f"[{span.start}, {span.stop}), whose first part is not there; please report it"
-                )
-            held -= prefix - span.start
-        begin = max(span.start, prefix)
-        count += run_to(begin)
-        if span.stop <= stop:
-            picture = _Picture(plan, span, keep, row, first + begin - prefix, carried)
-            current.runs.append(picture)
-            count += keep
-            at = span.stop
-        else:
-            where = (first + begin - prefix, first + new)
-            current.parts.append(_Part(plan, span, *where, carried))
-            at = stop
-            stop = span.start
-            break
-    count += run_to(stop)
-    if not count:
-        # kernels want at least one token of each request: this one's result is not used
-        current.standing_in.append(len(current.extends))
-        current.runs.append((first, first + 1))
-    current.prefixes.append(held)
-    current.extends.append(max(1, count))
-    current.stops.append(stop)
+    def begin_kept_layers(self, batch: Any, slots: torch.Tensor) -> None:
+        """Nothing attends."""
 
 
-def _on_host(values: Any, tensor: torch.Tensor) -> list[int]:
-    """Host integers of a batch; SGLang leaves some out of the batches it warms up with."""
-    if values is None:
-        values = tensor
-    return values.tolist() if isinstance(values, torch.Tensor) else list(values)
-
-
-def _others(kept: torch.Tensor, n: int) -> torch.Tensor:
-    """The indices below n that are not in `kept`, ascending, without waiting for the device."""
-    stays = torch.zeros(n, dtype=torch.int8, device=kept.device)
-    stays.index_fill_(0, kept, 1)  # assigning a number would wait for the device
-    return stays.argsort(stable=True)[: n - len(kept)]
-
-
-def _carry(
-    part: _Part,
-    hidden: torch.Tensor,
-    positions: torch.Tensor,
+def select(
+    selector: Selector,
+    plan: RequestPlan,
     queries: torch.Tensor | None,
-    head_dim: int,
-) -> Carried:
-    """What waits of a picture: the new tokens after those that waited before."""
-    own = slice(part.first, part.stop)
-    count = part.stop - part.first
-    states, places = [hidden[own]], [positions[..., own]]
-    asked = [] if queries is None else [queries[own].view(count, -1, head_dim)]
-    start = part.span.start
-    if part.carried is not None:
-        count += part.carried.stop - start
-        states.insert(0, part.carried.hidden)
-        places.insert(0, part.carried.positions)
-        if part.carried.queries is not None:
-            asked.insert(0, part.carried.queries)
-    return Carried(
-        span=part.span,
-        stop=start + count,
-        hidden=torch.cat(states),
-        positions=torch.cat(places, dim=-1),
-        queries=torch.cat(asked) if asked else None,
+    hidden: torch.Tensor | None,
+    device: str,
+) -> list[list[int]]:
+    """Send one prompt through the hooks of a decoder without layers; see `Backend.select`."""
+    tokens = plan.prompt_tokens
+    if hidden is None:
+        hidden = torch.zeros(tokens, 1)
+    heads = (1, 1) if queries is None else (queries.shape[1], queries.shape[2])
+    hooks = LayerHooks(_OnePrompt(tokens, device), selector, 1, heads)
+    batch = SimpleNamespace(
+        forward_mode=ForwardMode.EXTEND,
+        extend_prefix_lens_cpu=[0],
+        extend_seq_lens_cpu=[tokens],
+        extend_prefix_lens=None,
+        extend_seq_lens=None,
+        req_pool_indices=None,
+        req_pool_indices_cpu=torch.zeros(1, dtype=torch.int64),
+        out_cache_loc=torch.arange(tokens, device=device),
+        global_num_token_non_padded_cpu=tokens,
+        pruning=ForwardPass([SGLangRequest(plan)]),
     )
-
-
-def _resize(view: Any, current: _Pass) -> None:
-    """Give the batch's copy the lengths of the tokens that layers >= K compute and hold."""
-    prefixes = torch.tensor(current.prefixes, dtype=torch.int32)
-    extends = torch.tensor(current.extends, dtype=torch.int32)
-    device = view.seq_lens.device
-    view.extend_prefix_lens_cpu, view.extend_seq_lens_cpu = current.prefixes, current.extends
-    view.extend_num_tokens = sum(current.extends)
-    view.seq_lens_cpu = (prefixes + extends).to(torch.int64)
-    view.seq_lens_sum = int(view.seq_lens_cpu.sum())
-    view.seq_lens = view.seq_lens_cpu.to(device, view.seq_lens.dtype, non_blocking=True)
-    view.extend_prefix_lens = prefixes.to(device, non_blocking=True)
-    view.extend_seq_lens = extends.to(device, non_blocking=True)
-    view.extend_start_loc = (extends.cumsum(0) - extends).int().to(device, non_blocking=True)
-
-
-def _send_to_padding(slots: torch.Tensor, current: _Pass) -> None:
-    """Tokens that stand in write to slot 0, which no request reads."""
-    for request in current.standing_in:
-        slots[sum(current.extends[:request])] = 0
+    residual.start(batch)
+    positions = torch.arange(tokens, device=device)
+    if queries is not None:
+        hooks.enter_attention(None, (), {"forward_batch": batch})
+        hooks.after_projection(None, (), (queries.flatten(1).to(device),))
+    hooks.between(1, None, (positions, hidden.to(device), batch), {})
+    return [ranked.chosen.tolist() for ranked in prefill_of(batch).units]
