@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: bench demo eval test test-oldest lint conformance third-party setup-sglang test-sglang setup-lmdeploy test-lmdeploy test-eval clean
+.PHONY: bench tables demo eval test test-oldest lint conformance third-party setup-sglang test-sglang setup-lmdeploy test-lmdeploy test-eval clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard ep_core/kernels/csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -51,9 +51,14 @@ lint: $(VENV)/.installed
 RECORDINGS := conformance_tests/recordings
 ENGINES := transformers sglang lmdeploy
 MATRIX := README.md docs/conformance.md
+TABLES := README.md docs/adapters.md
 
 conformance: $(ENGINES:%=record-%)
 	$(BIN)/python -m ep_conformance compare $(RECORDINGS)/*.json $(MATRIX:%=--update %)
+
+# the tables of model families, from what the engines' packages say
+tables: $(VENV)/.installed
+	$(BIN)/entropyprune list $(TABLES:%=--update %)
 
 record-transformers: $(VENV)/.installed
 	$(BIN)/python -m ep_conformance --backend transformers --device cpu --record $(RECORDINGS)/transformers-cpu.json
