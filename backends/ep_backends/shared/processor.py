@@ -47,11 +47,6 @@ def encode(processor: Any, contents: Sequence[Sequence[str | Path]]) -> Any:
             return_dict=True,
             processor_kwargs={"padding": True, "return_tensors": "pt"},
         )
-    except StopIteration:  # transformers before 5.20 runs out of pictures without a word
-        raise EntropyPruneError(
-            f"the request cannot be encoded: its text holds {processor.image_token}, which stands "
-            "for a picture"
-        ) from None
     except (ValueError, TypeError, IndexError) as error:
         raise EntropyPruneError(f"the request cannot be encoded: {error}") from None
 
