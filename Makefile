@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: bench demo eval test lint conformance third-party setup-sglang test-sglang setup-lmdeploy test-lmdeploy test-eval clean
+.PHONY: bench demo eval test test-oldest lint conformance third-party setup-sglang test-sglang setup-lmdeploy test-lmdeploy test-eval clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard ep_core/kernels/csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -12,19 +12,34 @@ $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard ep_
 	  --editable benchmarks/peers
 	touch $@
 
+DEMO := entropyprune run --backend transformers --model ep_core/demo/model \
+  --image ep_core/demo/pictures/sample_00.png --prompt "what number is written?" \
+  --policy "layer=2,keep=0.25,method=set-entropy" --max-new-tokens 8 \
+  --compare --overlay demo-overlay.png
+
 demo: $(VENV)/.installed
-	$(BIN)/entropyprune run --backend transformers --model ep_core/demo/model \
-	  --image ep_core/demo/pictures/sample_00.png --prompt "what number is written?" \
-	  --policy "layer=2,keep=0.25,method=set-entropy" --max-new-tokens 8 \
-	  --compare --overlay demo-overlay.png
+	$(BIN)/$(DEMO)
 
 test: lint
 	$(BIN)/pytest
+	$(MAKE) test-oldest
 	$(MAKE) test-sglang
 	$(MAKE) test-lmdeploy
 	$(MAKE) test-eval
 	$(MAKE) third-party
 	$(MAKE) conformance
+
+# the lower bounds of pyproject.toml
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/$(DEMO)
+	.venv-oldest/bin/pytest tests/core tests/cli tests/transformers
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt hatch_build.py $(wildcard ep_core/kernels/csrc/*)
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt \
+	  --editable '.[cli,plot,transformers,conformance]' --editable benchmarks/peers hypothesis
+	touch $@
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -104,4 +119,4 @@ $(VENV)/.drawing: $(VENV)/.installed benchmarks/embedded_model/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-third-party .venv-sglang .venv-lmdeploy .venv-eval .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-oldest .venv-third-party .venv-sglang .venv-lmdeploy .venv-eval .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -10,10 +10,7 @@ from ep_core.errors import (
     UnsupportedError,
 )
 from ep_core.policy import PruningPolicy
-from ep_core.selectors import Selector, SpanInputs
-from ep_core.spans import VisualSpan
-
-__version__ = "0.1.0"
+from ep_core.selection import Selector, SpanInputs
 
 __all__ = [
     "BudgetError",
@@ -28,6 +25,5 @@ __all__ = [
     "Selector",
     "SpanInputs",
     "UnsupportedError",
-    "VisualSpan",
     "matrix_entropy",
 ]

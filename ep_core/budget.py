@@ -110,7 +110,8 @@ class Keep(_CountOrShare):
             other_tokens: tokens of the prompt that are never pruned.
 
         Raises:
-            BudgetError: the budget does not fit a span; the message says what does.
+            BudgetError: the budget does not fit a span; the message says which one does, and
+                `BudgetError.min_tokens` which spans a policy would have to leave whole.
         """
         if self.is_share:
             return [max(1, math.floor(self.exact * n + Fraction(1, 2))) for n in spans]
@@ -118,8 +119,8 @@ class Keep(_CountOrShare):
         if too_small := [n for n in spans if n < count]:
             raise BudgetError(
                 f"keep={count} asks for more than a span of {min(too_small)} tokens has; use "
-                f"keep={min(too_small)} or less, a share such as keep=0.25, or "
-                f"min_tokens={max(too_small)} to leave such spans whole"
+                f"keep={min(too_small)} or less, or a share such as keep=0.25",
+                min_tokens=max(too_small),
             )
         return [count for _ in spans]
 
@@ -154,7 +155,8 @@ class LayerAverage(_CountOrShare):
             raise BudgetError(
                 f"average={self.value} is impossible for a span of {impossible[0]} tokens, all of "
                 f"which the first {layer} of {layers} layers see; use "
-                + (f"average={share} or more" if self.is_share or low > high else counts)
+                + (f"average={share} or more" if self.is_share or low > high else counts),
+                min_tokens=max(impossible),
             )
         return [kept(n) for n in spans]
 
@@ -193,10 +195,11 @@ class FlopsReduction:
 
         if reduction(0) < self.value:
             most = math.floor(reduction(0) * 1000) / 1000
-            advice = f"use flops={most} or less" if most else f"min_tokens={max(spans)} allows it"
             raise BudgetError(
                 f"flops={self.value} cannot be reached by pruning {visual} visual tokens at "
-                f"layer {layer} of {shape.layers} beside {other_tokens} other tokens; {advice}"
+                f"layer {layer} of {shape.layers} beside {other_tokens} other tokens; use "
+                + (f"flops={most} or less" if most else "keep=1.0 to keep every token"),
+                min_tokens=max(spans),
             )
         low, high = 0, 1 << 40  # the reduction falls as the share grows
         while low < high:

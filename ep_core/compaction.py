@@ -20,7 +20,7 @@ import torch
 
 from ep_core.errors import EntropyPruneError
 from ep_core.plan import PlannedUnit, RequestPlan, Unit
-from ep_core.selectors import Selector, SpanInputs
+from ep_core.selection import Selector, SpanInputs
 
 HIDDEN = "hidden"
 QUERIES = "queries"
@@ -63,6 +63,7 @@ class PassUnit:
         request: number of its request in the pass.
         first: row of the pass of its first token that is new.
         waited: its tokens of earlier chunks, or None.
+        queries: `[N, H, D]` of its tokens, from `Pass.copy_queries` until `Pass.choose`.
         kept: once chosen, `[keep]` int64 indices among its tokens, ascending.
     """
 
@@ -70,6 +71,7 @@ class PassUnit:
     request: int
     first: int
     waited: Waiting | None
+    queries: torch.Tensor | None = None
     kept: torch.Tensor | None = None
 
     @property
@@ -254,6 +256,18 @@ class Pass:
             raise EntropyPruneError("the pass has not chosen its tokens yet")
         return self._index
 
+    def copy_queries(self, queries: torch.Tensor) -> None:
+        """Keep the queries of the tokens that are ranked, for an engine that overwrites them.
+
+        RoPE may rotate queries in place before layer K is reached; only units are copied.
+
+        Args:
+            queries: as `choose` takes them, instead of giving them there.
+        """
+        for ranked in self.units:
+            ranked.queries = self._unit_rows(ranked, QUERIES, queries).clone()
+        self._keep_waiting(QUERIES, queries, 0)
+
     @torch.no_grad()
     def choose(
         self,
@@ -270,13 +284,15 @@ class Pass:
             selector: a registered selector.
             hidden: `[T, d]` hidden states entering layer K.
             queries: `[T, H, D]` query states of layer K-1 before RoPE, of this rank's heads, where
-                the selector needs them.
+                the selector needs them and `copy_queries` has not taken them already.
             attention: gives `[H, t, N]` attention probabilities of a unit, where the selector needs
                 them; see `SpanInputs`.
             ranks: those that decide together, or None for one alone.
         """
         for ranked in self.units:
-            own = None if queries is None else self._unit_rows(ranked, QUERIES, queries)
+            own, ranked.queries = ranked.queries, None
+            if queries is not None:
+                own = self._unit_rows(ranked, QUERIES, queries)
             if own is not None and ranks is not None:
                 own = ranks.all_gather(own.contiguous(), dim=1)
             reads_hidden = "hidden" in selector.needs

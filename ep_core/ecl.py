@@ -8,9 +8,7 @@ stands.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ MIN_OTHER_LAYERS = 3  # fewer have no spread to compare with
 MIN_SHARE_OF_RESAMPLES = 0.95
 MIN_SHARE_OF_SAMPLES = 0.6
 MIN_STANDARD_DROP = 3.0
+MAD_TO_STANDARD_DEVIATION = 1.4826  # of a normal distribution: 1 / its quantile of 3/4
 
 
 @dataclass(frozen=True)
@@ -96,17 +95,18 @@ class Collapse:
 def find_collapse_layer(profile: EntropyProfile, *, seed: int = 0) -> Collapse:
     """Find the layer before which the entropy drops most, or say that none stands out.
 
-    The drop of a layer is the median over samples, standardised by the median absolute deviation
-    of the other layers' drops. The largest is accepted if it is positive in at least
-    60 % of the samples, at least 3 standard deviations, and the same in at least 95 % of 1000
-    bootstrap resamples of the samples. Fewer than 4 samples are never enough.
+    The drop of a layer is the median over samples. It is stated in standard deviations of the other
+    layers' drops, which their median absolute deviation estimates. The largest is accepted if it
+    is positive in at least 60 % of the samples, at least 3 standard deviations, and the same in at
+    least 95 % of 1000 bootstrap resamples of the samples. Fewer than 4 samples are never enough.
     """
     values = np.array(profile.entropies)  # [S, L]
     drops = values[:, :-1] - values[:, 1:]  # [S, L-1], column l-1 is the drop before layer l
     median = np.median(drops, axis=0)
     best = int(median.argmax())
     others = np.delete(median, best)
-    spread = 1.4826 * float(np.median(np.abs(others - np.median(others)))) + 1e-12
+    deviation = float(np.median(np.abs(others - np.median(others))))
+    spread = MAD_TO_STANDARD_DEVIATION * deviation + 1e-12
     standard_drop = float((median[best] - np.median(others)) / spread)
     samples = len(values)
     resamples = np.random.default_rng(seed).integers(0, samples, (BOOTSTRAP_RESAMPLES, samples))
@@ -146,32 +146,3 @@ def find_collapse_layer(profile: EntropyProfile, *, seed: int = 0) -> Collapse:
         share_of_samples=share_of_samples,
         reason=reasons[0] if reasons else "it stands out and the resamples agree",
     )
-
-
-def plot_profile(profile: EntropyProfile, collapse: Collapse, path: Path) -> None:
-    """Draw the profile with its quartiles and the finding. Needs matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    values = np.array(profile.entropies)
-    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
-    layers: Sequence[int] = range(values.shape[1])
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot(layers, values.T, color="0.8", linewidth=0.7)
-    axes.fill_between(layers, low, high, alpha=0.3, label="middle half of the pictures")
-    axes.plot(layers, middle, marker="o", label="median")
-    if collapse.layer is not None:
-        axes.axvline(collapse.layer, color="C3", linestyle="--", label=f"layer={collapse.layer}")
-        verdict = f"collapse layer {collapse.layer}"
-    else:
-        verdict = "no collapse layer"
-    axes.set(
-        xlabel="entering layer",
-        ylabel="matrix entropy of the visual tokens",
-        title=f"{profile.model}: {verdict} ({len(values)} pictures)",
-        xticks=list(layers),
-    )
-    axes.legend()
-    figure.savefig(path, dpi=150)

@@ -2,8 +2,7 @@
 
 Formulas: EntropyPrune (arXiv 2602.17196) and the code its authors released; docs/method.md sets
 the two side by side. Torch's matrix products run in float64 here, which no TF32 or bfloat16 matmul
-switch reaches: the same input gives the same ranking whatever the host has set. Fused kernels
-(`ep_core.kernels`) have products of their own.
+switch reaches; `ep_core.kernels` has the scores themselves, fused and in torch.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ import torch
 
 from ep_core import kernels
 from ep_core.errors import EntropyPruneError
+from ep_core.kernels import reference
 
 Normalize = Literal["rows", "none", "trace"]
 NORMALIZATIONS: tuple[Normalize, ...] = ("rows", "none", "trace")
 
-RELEASED_EIGENVALUE_FLOOR = 1e-10
 _GRAM_BLOCK = 96  # rows at least: enough for matrix products, few of a picture
 
 
@@ -76,29 +75,8 @@ def matrix_entropy(
         raise EntropyPruneError(f"dtype={dtype}: allowed are torch.float32 and torch.float64")
 
     if compat is None and dtype == torch.float32:
-        scores = kernels.matrix_entropy(q, normalize)
-        if scores is not None:
-            return scores
-    heads = q.shape[1]
-    if compat == "released":
-        x = (q - q.mean(dim=1, keepdim=True)).double()
-    else:
-        x = q.double()
-        # not mean(): CUDA multiplies by a rounded 1/H, which leaves noise where heads are alike
-        x = x - x.sum(dim=1, keepdim=True) / heads
-    if normalize == "rows":
-        x = _unit_rows(x)
-    gram = x @ x.mT / heads  # [N, H, H]
-    finite = gram.diagonal(dim1=1, dim2=2).sum(dim=1).isfinite()
-    # eigvalsh fails for the whole batch on one NaN
-    gram = torch.where(finite[:, None, None], gram, 0.0)
-    if compat == "released":
-        spectrum = torch.linalg.eigvalsh(gram).clamp_min(RELEASED_EIGENVALUE_FLOOR)
-        entropy = -(spectrum * spectrum.log()).sum(dim=1)
-    else:
-        entropy = _gram_entropy(gram, unit_trace=normalize == "trace", dtype=dtype)
-    score = entropy / math.log(heads)
-    return torch.where(finite, score, -math.inf).float()
+        return kernels.matrix_entropy(q, normalize)
+    return reference.matrix_entropy(q, normalize, released=compat == "released", dtype=dtype)
 
 
 def layer_entropy(hidden: torch.Tensor) -> float:
@@ -124,9 +102,9 @@ def layer_entropy(hidden: torch.Tensor) -> float:
     if not bool(hidden.isfinite().all()):
         raise EntropyPruneError("hidden states hold NaN or infinity; a wider dtype may help")
     x = hidden.double()
-    x = _unit_rows(x - x.mean(dim=0, keepdim=True))
+    x = reference.unit_rows(x - x.mean(dim=0, keepdim=True))
     gram = x @ x.mT if x.shape[0] <= x.shape[1] else x.mT @ x
-    entropy = _gram_entropy(gram[None], unit_trace=True, dtype=torch.float64)
+    entropy = reference.gram_entropy(gram[None], unit_trace=True, dtype=torch.float64)
     return float(entropy) / math.log(gram.shape[0])
 
 
@@ -181,24 +159,3 @@ def _check_queries(q: torch.Tensor) -> None:
         )
     if q.shape[2] < 1:
         raise EntropyPruneError("queries have an empty head_dim")
-
-
-def _unit_rows(x: torch.Tensor) -> torch.Tensor:
-    norm = x.norm(dim=-1, keepdim=True)
-    return torch.where(norm == 0, 0.0, x / norm)  # a NaN stays one
-
-
-def _gram_entropy(gram: torch.Tensor, *, unit_trace: bool, dtype: torch.dtype) -> torch.Tensor:
-    """`-sum(l ln l)` of each `[N, n, n]` float64 Gram matrix, `[N]` float64.
-
-    The spectrum is taken at unit trace, where float32 eigenvalues are accurate, and scaled back
-    by `S(T A) = T S(A) - T ln T`.
-    """
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-    scale = torch.where(trace > 0, trace, 1.0)
-    spectrum = torch.linalg.eigvalsh((gram / scale[:, None, None]).to(dtype))
-    spectrum = spectrum.double().clamp_min(0)  # rounding can leave a zero slightly negative
-    entropy: torch.Tensor = -torch.special.xlogy(spectrum, spectrum).sum(dim=-1)
-    if not unit_trace:
-        entropy = trace * entropy - torch.special.xlogy(trace, trace)
-    return entropy

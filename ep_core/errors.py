@@ -15,7 +15,24 @@ class PolicyError(EntropyPruneError):
 
 
 class BudgetError(PolicyError):
-    """A budget that is impossible for a span; the message says what is possible."""
+    """A budget that is impossible for a span; the message says what is possible.
+
+    Attributes:
+        min_tokens: with this `min_tokens` a policy of the same budget fits the same spans; None
+            where the budget fits nothing. Only a reader who sets the policy can use it, so the
+            message leaves it to `for_policy`.
+    """
+
+    def __init__(self, message: str, min_tokens: int | None = None) -> None:
+        super().__init__(message)
+        self.min_tokens = min_tokens
+
+    def for_policy(self) -> BudgetError:
+        """The same error for a reader who sets the policy, with `min_tokens` as another way out."""
+        if self.min_tokens is None:
+            return self
+        advice = f"; min_tokens={self.min_tokens} leaves spans of so many tokens whole"
+        return BudgetError(f"{self}{advice}", self.min_tokens)
 
 
 class UnsupportedError(EntropyPruneError):

@@ -27,7 +27,7 @@ import pluggy
 if TYPE_CHECKING:
     from ep_core.backend import BackendSpec
     from ep_core.family import Family
-    from ep_core.selectors import Selector
+    from ep_core.selection import Selector
 
 PROJECT = "entropyprune"
 

@@ -23,7 +23,7 @@ class AttachPoint:
     """One place where a backend depends on the inside of its host.
 
     Attributes:
-        target: `"package.module:Qualified.name"` of a callable.
+        target: `"package.module:Qualified.name"` of a callable or a property.
         parameters: parameters that the target must take, by name.
         why: what the backend needs there.
         upstream: whether the host offers an official way, as far as is known.
@@ -39,10 +39,10 @@ class AttachPoint:
 
 @dataclass(frozen=True)
 class PointStatus:
-    """An attach point as found or left: `ok` (it fits), `applied`, or `FAILED` with a reason."""
+    """An attach point as found: `ok` with what it is for, or `FAILED` with a reason."""
 
     target: str
-    state: Literal["ok", "applied", "FAILED"]
+    state: Literal["ok", "FAILED"]
     detail: str
 
     def __str__(self) -> str:
@@ -58,6 +58,8 @@ def check_point(point: AttachPoint) -> PointStatus:
             target = getattr(target, name)
     except Exception as error:  # importing a host can raise anything: a missing driver, say
         return PointStatus(point.target, "FAILED", f"not found: {error}")
+    if isinstance(target, property):
+        return PointStatus(point.target, "ok", point.why)
     if not callable(target):
         return PointStatus(point.target, "FAILED", "it is no callable any more")
     missing = missing_parameters(target, point.parameters)

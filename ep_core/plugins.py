@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -16,12 +17,43 @@ from ep_core import hookspecs
 from ep_core.backend import BackendSpec
 from ep_core.errors import PluginError, UnsupportedError
 from ep_core.family import Family
-from ep_core.selectors import Selector
+from ep_core.selection import Selector
 
 ENV_BLOCK = "ENTROPYPRUNE_BLOCK"
-BUILT_IN = ("selectors", "adapters", "backends")  # our own entry points
+OURS = ("selectors", "adapters", "backends")  # our own entry points
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What plugins provide through one hook.
+
+    Attributes:
+        name: of one, for people.
+        type: of each item.
+        key: the item's attribute that must differ between plugins.
+    """
+
+    name: str
+    type: type
+    key: str
+
+    def checked(self, items: Any) -> list[Any]:
+        """The items as a list; TypeError where one is something else."""
+        found = list(items)
+        for item in found:
+            if not isinstance(item, self.type):
+                raise TypeError(f"{item!r} is no {self.type.__name__}")
+        return found
+
+
+# by the field of `Registry`; the hook is called entropyprune_FIELD
+KINDS = {
+    "backends": Kind("backend", BackendSpec, "name"),
+    "families": Kind("family", Family, "model_type"),
+    "selectors": Kind("selector", Selector, "name"),
+}
 
 
 @dataclass(frozen=True)
@@ -61,20 +93,27 @@ def registry() -> Registry:
     return collect(load_plugins(blocked=[name.strip() for name in names if name.strip()]))
 
 
-def load_plugins(blocked: Collection[str] = ()) -> pluggy.PluginManager:
-    """Load the entry points of group `entropyprune`; a broken one costs one warning."""
+def new_manager() -> pluggy.PluginManager:
+    """A manager that knows the hooks and no plugin."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
+    return manager
+
+
+def load_plugins(blocked: Collection[str] = ()) -> pluggy.PluginManager:
+    """Load the entry points of group `entropyprune`; a broken one costs one warning."""
+    manager = new_manager()
     for name in blocked:
         manager.set_blocked(name)
     entries = sorted(set(entry_points(group=hookspecs.PROJECT)))
-    for name in set(blocked) - {entry.name for entry in entries}:
+    times = Counter(entry.name for entry in entries)
+    # two packages may choose one entry point name; what they provide is what must differ
+    names = [e.name if times[e.name] == 1 else f"{e.name}:{e.value}" for e in entries]
+    for name in set(blocked) - {*names, *times}:
         warnings.warn(f"{ENV_BLOCK} names {name!r}, which is no plugin here", stacklevel=2)
-    for entry in entries:
-        if manager.is_blocked(entry.name):
+    for name, entry in zip(names, entries, strict=True):
+        if manager.is_blocked(name) or manager.is_blocked(entry.name):
             continue
-        # two packages may choose one entry point name; what they provide is what must differ
-        name = f"{entry.name} ({entry.value})" if manager.has_plugin(entry.name) else entry.name
         try:
             manager.register(entry.load(), name=name)
             manager.check_pending()
@@ -86,42 +125,91 @@ def load_plugins(blocked: Collection[str] = ()) -> pluggy.PluginManager:
 
 
 def collect(manager: pluggy.PluginManager) -> Registry:
-    """Ask every plugin what it provides; two providers of one name are refused."""
-    providers: dict[str, str] = {}
+    """Call the hooks; two providers of one name are refused."""
+    found: dict[str, dict[str, Any]] = {field: {} for field in KINDS}
+    providers: dict[str, list[str]] = {}
+    for field, kind in KINDS.items():
+        hook = getattr(manager.hook, f"{hookspecs.PROJECT}_{field}")
+        for item, plugins in _call(manager, hook, kind):
+            name = getattr(item, kind.key)
+            label = f"{kind.name} {name}"
+            if name in found[field]:
+                both = list({*providers[label], *plugins})
+                both.sort(key=lambda plugin: (plugin not in OURS, plugin))
+                raise PluginError(
+                    f"{kind.name} {name!r} is provided twice, by {' and '.join(map(repr, both))}; "
+                    f"block one, as in {ENV_BLOCK}={both[-1]}"
+                )
+            found[field][name] = item
+            providers[label] = plugins
+    return Registry(**found, providers={label: names[0] for label, names in providers.items()})
 
-    def gather(hook: pluggy.HookCaller, key: Callable[[Any], str], kind: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for implementation in hook.get_hookimpls():
-            plugin = implementation.plugin_name
-            provide: Callable[[], Any] = implementation.function
-            try:
-                items: list[Any] = list(provide())
-                names = [key(item) for item in items]
-            except Exception as error:  # a stranger's code can raise anything
-                _warn_left_out(plugin, error)
-                continue
-            for name, item in zip(names, items, strict=True):
-                if name in found:
-                    first = providers[f"{kind} {name}"]
-                    stranger = first if plugin in BUILT_IN else plugin
-                    raise PluginError(
-                        f"{kind} {name!r} is provided by plugins {first!r} and {plugin!r}; block "
-                        f"one, as in {ENV_BLOCK}={stranger}"
-                    )
-                found[name] = item
-                providers[f"{kind} {name}"] = plugin
+
+def _call(
+    manager: pluggy.PluginManager, hook: pluggy.HookCaller, kind: Kind
+) -> list[tuple[Any, list[str]]]:
+    """What a hook gives, each item with the name of its plugin, or of all that gave this object.
+
+    pluggy calls it. A plugin that breaks is left out: an implementation by the guard around it, a
+    wrapper by calling again without it.
+    """
+    origin: defaultdict[int, list[str]] = defaultdict(list)
+    for implementation in hook.get_hookimpls():
+        if not (implementation.wrapper or implementation.hookwrapper):
+            guard = _guarded(implementation, kind, origin)
+            setattr(implementation, "function", guard)  # noqa: B010 # final for type checkers only
+
+    def items(without: Sequence[object]) -> list[Any]:
+        results = manager.subset_hook_caller(hook.name, without)()
+        return [item for result in results for item in kind.checked(result)]
+
+    def works(without: Sequence[object]) -> bool:
+        try:
+            items(without)
+        except Exception:  # a stranger's wrapper can raise anything
+            return False
+        return True
+
+    removed: list[object] = []
+    while True:
+        wrappers = [
+            one
+            for one in hook.get_hookimpls()
+            if (one.wrapper or one.hookwrapper) and one.plugin not in removed
+        ]
+        # what no implementation gave was added by a wrapper
+        added = [one.plugin_name for one in wrappers]
+        try:
+            return [(item, origin.get(id(item), added)) for item in items(removed)]
+        except Exception as error:
+            to_blame = [one for one in wrappers if works([*removed, one.plugin])]
+            for one in to_blame[:1] or wrappers:
+                _warn_left_out(one.plugin_name, error)
+                removed.append(one.plugin)
+
+
+def _guarded(
+    implementation: pluggy.HookImpl, kind: Kind, origin: defaultdict[int, list[str]]
+) -> Callable[[], list[Any] | None]:
+    """A hook's implementation that runs once, tells where its items are from, and cannot raise."""
+    original, plugin = implementation.function, implementation.plugin_name
+
+    @cache
+    def provided() -> list[Any] | None:
+        try:
+            found = kind.checked(original())
+        except Exception as error:  # a stranger's code can raise anything
+            _warn_left_out(plugin, error)
+            return None  # no result, to pluggy
+        for item in found:
+            origin[id(item)].append(plugin)
         return found
 
-    return Registry(
-        backends=gather(manager.hook.entropyprune_backends, lambda spec: spec.name, "backend"),
-        families=gather(
-            manager.hook.entropyprune_families, lambda family: family.model_type, "family"
-        ),
-        selectors=gather(
-            manager.hook.entropyprune_selectors, lambda selector: selector.name, "selector"
-        ),
-        providers=providers,
-    )
+    def provide() -> list[Any] | None:
+        found = provided()
+        return None if found is None else list(found)  # a wrapper may change its list
+
+    return provide
 
 
 def _warn_left_out(plugin: str, error: BaseException) -> None:

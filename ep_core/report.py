@@ -17,14 +17,16 @@ class SpanRecord:
     Attributes:
         start, stop: where it begins and ends in the prompt, padding not counted.
         kept: its tokens that layers >= K see, relative to `start`, ascending.
+        grid: `(rows, columns)` of its tokens, row by row, where the engine knows it.
     """
 
     start: int
     stop: int
     kept: tuple[int, ...]
+    grid: tuple[int, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The record as a JSON object."""
+        """The record as a JSON object: what every engine knows."""
         return {"start": self.start, "stop": self.stop, "kept": list(self.kept)}
 
 
@@ -50,24 +52,25 @@ class RequestRecord:
             unit, stays = planned.unit, planned.unit.offsets
             if planned.dropped:
                 stays = [stays[index] for index in next(chosen)]
-            spans.append(SpanRecord(first + unit.start, first + unit.stop, tuple(stays)))
+            start, stop = first + unit.start, first + unit.stop
+            spans.append(SpanRecord(start, stop, tuple(stays), unit.grid))
         return cls(tuple(spans), plan.why)
 
 
 @dataclass
 class PruneCounters:
-    """Running totals since pruning was switched on."""
+    """Running totals since pruning was switched on; unpruned requests by the plan's reason."""
 
     visual_tokens_seen: int = 0
     visual_tokens_kept: int = 0
     requests_pruned: int = 0
     requests_unpruned: Counter[str] = field(default_factory=Counter)
 
-    def add(self, seen: int, dropped: int, reason: str | None) -> None:
-        """Count one request: its visual tokens, those dropped, and why none were."""
-        self.visual_tokens_seen += seen
-        self.visual_tokens_kept += seen - dropped
-        if reason is None:
+    def add(self, plan: RequestPlan) -> None:
+        """Count one request."""
+        self.visual_tokens_seen += plan.visual_tokens
+        self.visual_tokens_kept += plan.visual_tokens - plan.dropped
+        if plan.reason is None:
             self.requests_pruned += 1
         else:
-            self.requests_unpruned[reason] += 1
+            self.requests_unpruned[plan.reason] += 1

@@ -11,7 +11,7 @@ from ep_core.family import FULL_ATTENTION, Config, Decoder, Family
 from ep_core.plan import PlannedUnit, Reason, RequestPlan, Unit
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
-from ep_core.selectors import Selector
+from ep_core.selection import Selector
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Settings:
         Raises:
             BudgetError: the budget does not fit a unit, and what would.
         """
+        mine = policy is None
         policy = policy or self.policy
         if not units:
             return RequestPlan.whole((), prompt_tokens, Reason.NO_PICTURES)
@@ -103,19 +104,29 @@ class Settings:
         fits = True
         for group in [units] if joint else [[unit] for unit in units]:
             try:
-                counts = self._counts(policy, group, prompt_tokens)
-            except BudgetError:
+                counts = self.counts(group, prompt_tokens, policy)
+            except BudgetError as error:
                 if not lenient:
-                    raise
+                    raise error.for_policy() if mine else error from None
                 counts, fits = [len(unit) for unit in group], False
             planned += [PlannedUnit(*pair) for pair in zip(group, counts, strict=True)]
         whole = Reason.KEEPS_ALL if fits else Reason.DOES_NOT_FIT
         return RequestPlan.of(planned, prompt_tokens, whole)
 
-    def _counts(
-        self, policy: PruningPolicy, units: Sequence[Unit], prompt_tokens: int
+    def counts(
+        self, units: Sequence[Unit], prompt_tokens: int, policy: PruningPolicy | None = None
     ) -> list[int]:
-        """Tokens kept of each unit; those of at most `min_tokens` stay whole."""
+        """Tokens kept of each unit by its budget; those of at most `min_tokens` stay whole.
+
+        Args:
+            units: the prompt's, in order.
+            prompt_tokens: length of the prompt.
+            policy: another one than the server's, with the server's layer.
+
+        Raises:
+            BudgetError: the budget does not fit a unit, and what would.
+        """
+        policy = policy or self.policy
         lengths = [len(unit) for unit in units]
         large = [n for n in lengths if n > policy.min_tokens]
         counts = policy.budget.tokens(

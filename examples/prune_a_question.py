@@ -7,8 +7,8 @@ The same lines work with LLaVA-1.5 and Qwen2.5-VL checkpoints and `AutoProcessor
 
 from transformers import AutoModelForImageTextToText
 
-from ep_backends.transformers import enable
-from ep_backends.transformers.processor import load_processor
+import entropyprune
+from ep_backends.shared.processor import load_processor
 from ep_core import demo
 
 model = AutoModelForImageTextToText.from_pretrained(demo.MODEL)
@@ -29,7 +29,7 @@ inputs = processor.apply_chat_template(
     processor_kwargs={"return_tensors": "pt"},
 ).to(model.device, model.dtype)
 
-with enable(model, "layer=2,keep=0.25,method=set-entropy") as pruning:
+with entropyprune.enable(model, "layer=2,keep=0.25,method=set-entropy") as pruning:
     output = model.generate(**inputs, max_new_tokens=8)
     (record,) = pruning.records
 

@@ -5,10 +5,10 @@ import urllib.error
 import urllib.request
 
 
-def post(address, body):
+def post(address, body, **headers):
     """The answer, or the status and the message of an error."""
     request = urllib.request.Request(
-        address, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        address, json.dumps(body).encode(), {"Content-Type": "application/json"} | headers
     )
     try:
         with urllib.request.urlopen(request, timeout=120) as response:

@@ -1,1 +1,1 @@
-"""Backends: one package for each engine, importing that engine only."""
+"""Backends: one package for each engine, importing that engine and `shared` only."""

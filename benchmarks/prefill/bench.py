@@ -29,14 +29,15 @@ from benchmarks.report import environment, heading, output, publish, ratio, tabl
 from ep_backends.transformers import enable
 from ep_core import kernels
 from ep_core.budget import DecoderShape, LayerAverage
+from ep_core.compaction import Pass
+from ep_core.plan import PlannedUnit, RequestPlan, Run, Unit
 from ep_core.plugins import registry
-from ep_core.spans import VisualSpan, select
 
 # LLaVA-1.5-7B and the prompt of the paper's FLOPs
 PAPER = DecoderShape(
     layers=32, hidden_size=4096, intermediate_size=11008, heads=32, kv_heads=32, head_dim=128
 )
-PICTURE = VisualSpan(35, 35 + 576)
+PICTURE = Unit((Run(35, 35 + 576),))
 TOKENS = 86 + len(PICTURE)
 K = 2
 IMAGE_TOKEN = 32000
@@ -207,6 +208,13 @@ def prefill(
     return rows, full
 
 
+def choose(method: str, keep: int, hidden: torch.Tensor, queries: torch.Tensor) -> None:
+    """Rank the picture's tokens of one prompt: hidden `[T, d]`, queries `[T, H, D]`."""
+    current = Pass()
+    current.add(RequestPlan.of([PlannedUnit(PICTURE, keep)], TOKENS), TOKENS)
+    current.choose(registry().selector(method), hidden, queries)
+
+
 def layer_k_inputs(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries of layer K-1 `[1, N, H D]` and the hidden states it returns `[1, N, d]`."""
     seen: dict[str, torch.Tensor] = {}
@@ -237,14 +245,7 @@ def overhead(
         pruned = hollow(model, queries, hidden)
         enable(pruned, f"layer={K},keep={keep},method={method}")
         bare[method] = partial(pruned.model, **inputs)
-        selects[method] = partial(
-            select,
-            registry().selector(method),
-            [PICTURE],
-            [keep],
-            queries=by_head,
-            hidden=hidden[0],
-        )
+        selects[method] = partial(choose, method, keep, hidden[0], by_head)
     # apart, for a path leaves its memory to the next
     times = clock(bare, rounds, "what pruning adds", device)
     chosen = clock(selects, rounds, "selection", device)

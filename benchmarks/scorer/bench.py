@@ -16,7 +16,7 @@ import torch
 from benchmarks.report import environment, heading, output, publish, ratio, table, timed
 from ep_core import kernels
 from ep_core.entropy import cosine_gram, matrix_entropy
-from ep_core.selectors import greedy_renyi2_torch
+from ep_core.kernels.reference import greedy_renyi2 as greedy_renyi2_torch
 
 FLOOR = 1e-10
 PAPER = 64  # (128 / 32)^3: the paper's ratio of the decompositions' costs

@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks.report import progress
 from benchmarks.serving.servers import BLOCK, PREFILL, memory
+from ep_backends.shared.pictures import read_picture
 from ep_conformance.checkpoints import make_picture, tiny_qwen2_5_vl
-from ep_core.pictures import read_picture
 from ep_core.policy import PruningPolicy
 
 LAYERS, TOKENS = 28, 2048  # of the model; KV slots in each layer of the unpruned engine

@@ -78,19 +78,16 @@ class Expected:
             )
             if not self.result.spans:
                 assert answer.reason, "nothing was pruned, and the answer does not say why"
-            kept = [list(span.kept) for span in answer.spans]
-            if kept != self.result.kept:
-                self._explain(kept)
-                return  # another choice within the noise: what follows may differ too
+        result = self._result_for(answer)
         steps = len(answer.output_ids)
-        if self._request.leave_after is None or steps >= len(self.result.output_ids):
-            steps = len(self.result.output_ids)
+        if self._request.leave_after is None or steps >= len(result.output_ids):
+            steps = len(result.output_ids)
         else:
             assert steps >= self._request.leave_after, f"the client left with {steps} tokens"
-        assert list(answer.output_ids) == self.result.output_ids[:steps], (
-            f"greedy tokens {list(answer.output_ids)}, the oracle has {self.result.output_ids}"
+        assert list(answer.output_ids) == result.output_ids[:steps], (
+            f"greedy tokens {list(answer.output_ids)}, the oracle has {result.output_ids}"
         )
-        logits = self.result.logits[:steps]
+        logits = result.logits[:steps]
         if answer.logits is not None:
             worst = float((answer.logits - logits).abs().max())
             assert worst <= LOGITS_TOLERANCE, f"logits differ by up to {worst:.2e} from the oracle"
@@ -108,6 +105,18 @@ class Expected:
             "spans": [span.to_json() for span in answer.spans],
             "scores": shorten(self.result.scores),
         }
+
+    def _result_for(self, answer: Answer) -> OracleResult:
+        """What the oracle computes from the tokens that an engine kept.
+
+        A choice that differs within the noise is explained; everything behind it is compared with
+        an oracle that goes on from that choice.
+        """
+        kept = tuple(tuple(span.kept) for span in answer.spans)
+        if self.pruned is None or not kept or [list(own) for own in kept] == self.result.kept:
+            return self.result
+        self._explain(kept)
+        return self._run(self._request.max_new_tokens, torch.float32, kept)
 
     def _explain(self, kept: Sequence[Sequence[int]]) -> None:
         """Fail unless every difference lies within the measured noise of the scores."""
@@ -137,7 +146,12 @@ class Expected:
                     f"{miss:.1e} from the threshold {threshold:.6f}, noise explains {allowed:.1e}"
                 )
 
-    def _run(self, tokens: int, dtype: torch.dtype) -> OracleResult:
+    def _run(
+        self,
+        tokens: int,
+        dtype: torch.dtype,
+        chosen: Sequence[Sequence[int]] | None = None,
+    ) -> OracleResult:
         oracle, content = _oracle(self._model, dtype), self._request.content
         if self.pruned is None:
             return oracle.generate(content, layer=None, keep=None, method="", max_new_tokens=tokens)
@@ -147,6 +161,7 @@ class Expected:
             keep=[self.pruned.keep_of(size) for size in _picture_sizes(self._model, content)],
             method=self.pruned.method,
             max_new_tokens=tokens,
+            chosen=chosen,
         )
 
 

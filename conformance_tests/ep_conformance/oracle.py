@@ -173,12 +173,14 @@ class Oracle:
         keep: Sequence[int] | None,
         method: str,
         max_new_tokens: int,
+        chosen: Sequence[Sequence[int]] | None = None,
     ) -> OracleResult:
         """Greedy decoding of one user message, pruned at the input of ``layer``.
 
         content: texts and picture files in the order of the message. layer: K in 1..L-1, or None
         for no pruning (then ``keep`` and ``method`` are not read). keep: tokens kept of each
-        picture, 1..N. Raises ValueError for values outside of these.
+        picture, 1..N. chosen: the kept tokens of each picture, to go on from a choice that was made
+        elsewhere; None lets ``method`` choose. Raises ValueError for values outside of these.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
@@ -195,6 +197,8 @@ class Oracle:
         for i in range(self.layers):
             if i == layer and keep is not None:
                 kept, scores = _select(method, keep, spans, queries, x)
+                if chosen is not None:
+                    kept = [list(own) for own in chosen]
                 rows = _surviving(len(ids), spans, kept)
                 x, angles = x[rows], angles[rows]
             x, queries = self._layer(i, x, angles, cache)

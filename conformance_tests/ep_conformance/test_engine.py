@@ -110,6 +110,36 @@ def test_engine_matches_oracle(
         compare_slots(answers[0], case.layer)
 
 
+@pytest.mark.row(ROWS["qwen-gqa"])
+@pytest.mark.needs("batch")
+@pytest.mark.needs("multi_image")
+def test_prompts_of_equal_length_that_keep_different_numbers(
+    backend: Backend,
+    device: str,
+    workshop: Workshop,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Two prompts of 24 visual tokens, 10 and 14 or twice 12, of which a quarter is 7 or 6.
+
+    Side by side they are padded from layer K on only, where an engine pads.
+    """
+    model, pruned = workshop.checkpoint("qwen-gqa"), Pruned(2, 0.25, "released")
+    requests = [
+        Request((*(workshop.picture(i, *size) for i, size in enumerate(sizes)), TEXTS[0]), 6)
+        for sizes in [((56, 140), (56, 196)), ((112, 84), (112, 84))]
+    ]
+    with backend.open(model, pruned.policy, device=device, dtype="float32") as session:
+        answers = session.generate(requests)
+    expected = [expect(model, request, pruned) for request in requests]
+    pairs = list(zip(expected, answers, strict=True))
+    record_property("answers", [right.to_json(answer) for right, answer in pairs])
+    for right, answer in pairs:
+        right.check(answer)
+    kept = [sum(len(span.kept) for span in answer.spans) for answer in answers]
+    assert kept == [7, 6], f"{kept} visual tokens were kept, not [7, 6]"
+    assert answers[0].prompt_tokens == answers[1].prompt_tokens, "the case is none"
+
+
 def contents(
     checkpoint: str, pictures: int, seed: int, workshop: Workshop
 ) -> tuple[str | Path, ...]:

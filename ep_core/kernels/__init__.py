@@ -1,21 +1,21 @@
 """Fused kernels of the scores and of the greedy set, and when they are used.
 
-`matrix_entropy` and `greedy_renyi2` here return None where the caller's torch code is to be used.
-What is available on a type of device is found out when it is first asked for, so that importing
-the package stays light; where kernels were to be expected and are missing, one log line says why.
-docs/kernels.md has what they compute and how accurately.
+`matrix_entropy` and `greedy_renyi2` take a fused kernel where there is one, otherwise the torch
+code in `ep_core.kernels.reference`. What is available on a type of device is found out when it is
+first asked for, so that importing the package stays light; where kernels were to be expected and
+are missing, one log line says why. docs/kernels.md has what they compute and how accurately.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from ep_core.errors import EntropyPruneError
+from ep_core.kernels import reference
+from ep_core.kernels.interface import Kernels, Unavailable
 
 SWITCH = "ENTROPYPRUNE_KERNELS"  # "off": torch everywhere
 MAX_HEADS = 64
@@ -26,44 +26,25 @@ QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 logger = logging.getLogger("entropyprune")
 
 
-class Unavailable(Exception):
-    """Why a device type has no kernels."""
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The fused kernels of one device type.
-
-    Attributes:
-        name: for people, such as "C++ for AVX-512".
-        matrix_entropy: `([N, H, D] queries, normalize) -> [N]` float32 scores; None: use torch.
-        greedy_renyi2: `([N, N] float32 cosine Gram matrix, k) -> [k]` ascending int64 indices;
-            None: use torch.
-        failures: tries usual sizes, where kernels have to prove themselves, and says for people
-            which fail and why.
-    """
-
-    name: str
-    matrix_entropy: Callable[[torch.Tensor, str], torch.Tensor | None]
-    greedy_renyi2: Callable[[torch.Tensor, int], torch.Tensor | None]
-    failures: Callable[[], list[str]] = list
-
-
-def matrix_entropy(q: torch.Tensor, normalize: str) -> torch.Tensor | None:
-    """The fused scores of checked `[N, H, D]` queries; None: use torch."""
+def matrix_entropy(q: torch.Tensor, normalize: str) -> torch.Tensor:
+    """The scores of checked `[N, H, D]` queries, `[N]` float32; see `ep_core.entropy`."""
     _, heads, head_dim = q.shape
-    if heads > MAX_HEADS or head_dim > MAX_HEAD_DIM or q.dtype not in QUERY_DTYPES:
-        return None
-    found = _kernels(q.device.type)
-    return None if found is None else found.matrix_entropy(q, normalize)
+    if heads <= MAX_HEADS and head_dim <= MAX_HEAD_DIM and q.dtype in QUERY_DTYPES:
+        found = _kernels(q.device.type)
+        scores = None if found is None else found.matrix_entropy(q, normalize)
+        if scores is not None:
+            return scores
+    return reference.matrix_entropy(q, normalize)
 
 
-def greedy_renyi2(gram: torch.Tensor, k: int) -> torch.Tensor | None:
-    """The fused picks from an `[N, N]` cosine Gram matrix; None: use torch."""
-    if len(gram) > MAX_TOKENS:
-        return None
-    found = _kernels(gram.device.type)
-    return None if found is None else found.greedy_renyi2(gram, k)
+def greedy_renyi2(gram: torch.Tensor, k: int) -> torch.Tensor:
+    """The greedy set from an `[N, N]` cosine Gram matrix, `[k]` ascending int64 indices."""
+    if len(gram) <= MAX_TOKENS:
+        found = _kernels(gram.device.type)
+        kept = None if found is None else found.greedy_renyi2(gram, k)
+        if kept is not None:
+            return kept
+    return reference.greedy_renyi2(gram, k)
 
 
 def describe(device_type: str) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ep_core.kernels import Kernels, Unavailable, build, rational
+from ep_core.kernels import build, rational
+from ep_core.kernels.interface import Kernels, Unavailable
 
 NORMALIZE = {"none": 0, "rows": 1, "trace": 2}  # as in csrc/scorer.cpp
 FORMAT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as in csrc/simd.h

@@ -6,6 +6,7 @@ what one size has shown says little of the next.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +15,14 @@ from typing import Any
 
 import torch
 
-from ep_core.kernels import Kernels, Unavailable, logger
+from ep_core.kernels import reference
+from ep_core.kernels.interface import Kernels, Unavailable
 
 BOUND = 1e-5  # of a score's error, docs/kernels.md
 
 Kernel = Callable[[torch.Tensor, Any], torch.Tensor]
+
+logger = logging.getLogger("entropyprune")
 
 
 def load() -> Kernels:
@@ -65,8 +69,6 @@ class ScorerSize:
 
     def check(self, kernel: Kernel) -> None:
         """Score four tokens; raises what the kernel raises, and ArithmeticError if it is wrong."""
-        from ep_core.entropy import matrix_entropy
-
         # on the CPU, which takes little of a full device's memory and trusts nothing there
         q = _random(4, self.heads, self.head_dim)
         degree = torch.linspace(-2, 2, self.heads, dtype=torch.float32, device="cpu")[:, None]
@@ -74,7 +76,7 @@ class ScorerSize:
         q[2] = 0
         q[3, -1, -1] = math.nan
         q = q.to(self.dtype)
-        expected = matrix_entropy(q, self.normalize, dtype=torch.float64).double()
+        expected = reference.matrix_entropy(q, self.normalize, dtype=torch.float64).double()
         bound = torch.full_like(expected, BOUND)
         if self.normalize == "none":
             x = q.double() - q.double().mean(dim=1, keepdim=True)
@@ -103,16 +105,15 @@ class GreedySize:
 
     def check(self, kernel: Kernel) -> None:
         """Pick a few tokens; raises what the kernel raises, and ArithmeticError if it is wrong."""
-        from ep_core.entropy import cosine_gram
-        from ep_core.selectors import greedy_renyi2_torch
-
         n = self.block // 2 + 1  # the smallest of this size
-        hidden = _random(n, 24)
-        hidden[1::2] = hidden[:-1:2].clone()  # every pick is a tie of two neighbours
-        hidden[n // 2] = math.nan
-        gram = cosine_gram(hidden)
+        directions = reference.unit_rows(_random(n // 2 + 1, 24).double())
+        cosines = (directions @ directions.mT).float()
+        pairs = torch.arange(n, device="cpu") // 2  # every pick is a tie of two neighbours
+        gram = cosines.index_select(0, pairs).index_select(1, pairs)
+        gram[n // 2] = gram[:, n // 2] = math.nan  # a token without direction
         k = min(16, n // 2)
-        if not torch.equal(kernel(gram.to(self.device), k).cpu(), greedy_renyi2_torch(gram, k)):
+        expected = reference.greedy_renyi2(gram, k)
+        if not torch.equal(kernel(gram.to(self.device), k).cpu(), expected):
             raise ArithmeticError("other picks than torch's")
 
 

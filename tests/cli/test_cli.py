@@ -5,16 +5,21 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from entropyprune.cli import common, doctor, main
 from ep_backends.transformers.backend import TransformersBackend
-from ep_core import cli, demo
+from ep_core import demo
+from ep_core.backend import BackendSpec
 from ep_core.ecl import EntropyProfile
 from ep_core.errors import EntropyPruneError
+from ep_core.plugins import registry
 
 PICTURE = demo.PICTURES / "sample_00.png"
 SECOND = demo.PICTURES / "sample_01.png"
@@ -29,7 +34,7 @@ def entropyprune(monkeypatch, capsys):
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["entropyprune", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:
-            cli.main()
+            main.main()
         out, err = capsys.readouterr()
         return exit_.value.code, out, err
 
@@ -146,6 +151,32 @@ def test_compare_shows_both_sides(entropyprune):
         assert words in out, f"{words!r} is missing in:\n{out}"
 
 
+def answering(monkeypatch, text):
+    """Let every answer say this, whatever the model said."""
+    open_ = TransformersBackend.open
+
+    def opened(*arguments, **options):
+        session = open_(*arguments, **options)
+        generate = session.generate
+        session.generate = lambda asked: [replace(each, text=text) for each in generate(asked)]
+        return session
+
+    monkeypatch.setattr(TransformersBackend, "open", opened)
+
+
+def test_an_answer_is_printed_as_the_model_gave_it(entropyprune, monkeypatch):
+    text = "[red]3[/red] [/b] :cat: " + "word " * 40
+    answering(monkeypatch, text)
+    status, out, _ = entropyprune(*run_demo("--policy", "layer=2,keep=36"))
+    assert (status, out) == (0, f"{text}\n"), "no markup, no emoji, no line breaks of ours"
+
+
+def test_compared_answers_are_printed_as_the_model_gave_them(entropyprune, monkeypatch):
+    answering(monkeypatch, "[red]3[/] [/b] :cat:")
+    status, out, _ = entropyprune(*run_demo("--policy", "layer=2,keep=36", "--compare"))
+    assert (status, out.count("[red]3[/] [/b] :cat:")) == (0, 2), out
+
+
 def test_compare_json_holds_both_answers(entropyprune):
     status, out, _ = entropyprune(
         *run_demo("--policy", "layer=2,keep=36", "--compare", "--json", "--max-new-tokens", 2)
@@ -183,6 +214,18 @@ def test_calibrate_writes_profile_and_plot(entropyprune, tmp_path):
         assert len(drawn.convert("RGB").getcolors(1 << 24)) > 10, "the plot is blank"
 
 
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(
+    entropyprune, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "entropyprune.cli.plot", raising=False)
+    status, out, err = entropyprune(
+        "calibrate", "--model", demo.MODEL, "--image", PICTURE, "--plot", tmp_path / "plot.png"
+    )
+    expected = "--plot needs matplotlib; run pip install 'entropyprune[plot]'"
+    assert (status, out, err) == (2, "", f"entropyprune: error: {expected}\n")
+
+
 def test_show_states_the_budget_in_all_three_meanings(entropyprune, llava_7b):
     """The paper's headline: average 128 of 576 visual tokens with 86 text tokens saves 68.2 %."""
     status, out, _ = entropyprune(
@@ -200,6 +243,63 @@ def test_doctor_checks_every_attach_point(entropyprune):
     assert out.count("ok: ") >= 6
     assert "FAILED" not in out
     assert "backend transformers: transformers " in out
+
+
+def registry_with(monkeypatch, **errors):
+    """Let the backends of these names fail to load; all but our engines are another plugin's."""
+
+    def failing(error):
+        def load():
+            raise error
+
+        return load
+
+    real = registry()
+    backends = {name: BackendSpec(name, "", failing(error)) for name, error in errors.items()}
+    theirs = {f"backend {name}": "theirs" for name in errors.keys() - real.backends.keys()}
+    changed = replace(
+        real, backends={**real.backends, **backends}, providers={**real.providers, **theirs}
+    )
+    for module in (doctor, common):
+        monkeypatch.setattr(module, "registry", lambda: changed)
+
+
+def test_doctor_ends_with_the_engines_that_cannot_be_loaded(entropyprune, monkeypatch):
+    broken = ImportError("libx.so: no such file")
+    other = ModuleNotFoundError("No module named 'x'", name="x")
+    registry_with(monkeypatch, lmdeploy=broken, sglang=PackageNotFoundError("sglang"), own=other)
+    status, out, _ = entropyprune("doctor")
+    engines = [line for line in out.splitlines() if line.startswith("backend ")]
+    assert status == 0
+    assert engines[0].startswith("backend transformers: transformers ")
+    assert engines[1:] == [
+        "backend lmdeploy cannot be loaded (libx.so: no such file)",
+        "backend own cannot be loaded (No module named 'x')",
+        "backend sglang is not installed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "says"),
+    [
+        (
+            "sglang",
+            PackageNotFoundError("sglang"),
+            "is not installed; run pip install 'entropyprune[sglang]'",
+        ),
+        (
+            "sglang",
+            ImportError("libx.so: no such file"),
+            "cannot be loaded (libx.so: no such file); run pip install 'entropyprune[sglang]'",
+        ),
+        ("own", ModuleNotFoundError("No module named 'own'", name="own"), "is not installed"),
+    ],
+    ids=["missing", "broken", "another plugin's"],
+)
+def test_an_engine_that_cannot_be_loaded_is_one_line(entropyprune, monkeypatch, name, error, says):
+    registry_with(monkeypatch, **{name: error})
+    status, out, err = entropyprune(*run_demo("--backend", name))
+    assert (status, out, err) == (2, "", f"entropyprune: error: backend {name!r} {says}\n")
 
 
 def test_doctor_fails_on_a_bad_policy(entropyprune, monkeypatch):
@@ -321,9 +421,9 @@ def test_a_damaged_checkpoint_is_one_line(entropyprune, tmp_path, damage):
 
 
 def test_output_that_cannot_be_written_is_one_line():
-    command = Path(sys.executable).with_name("entropyprune")
+    command = [sys.executable, "-m", "entropyprune", "list"]
     with open("/dev/full", "w") as full:
-        result = subprocess.run([command, "list"], stdout=full, stderr=subprocess.PIPE, text=True)
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode != 0
     assert "Traceback" not in result.stderr
 

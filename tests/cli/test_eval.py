@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from ep_core import cli, cli_eval, demo
+from entropyprune.cli import eval as cli_eval
+from entropyprune.cli import eval_table, main
+from ep_core import demo
 
 MODEL = ["--model", demo.MODEL]
 POLICY = ["--policy", "layer=2,keep=36"]
@@ -42,7 +44,7 @@ def test_eval_refuses_in_one_line(monkeypatch, capsys, arguments, words):
     monkeypatch.delenv("ENTROPYPRUNE", raising=False)
     monkeypatch.setattr(sys, "argv", ["entropyprune", "eval", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_:
-        cli.main()
+        main.main()
     out, err = capsys.readouterr()
     assert (exit_.value.code, out) == (2, "")
     (line,) = err.splitlines()
@@ -75,7 +77,7 @@ def test_a_failing_run_leaves_the_finished_ones_printed_and_written(tmp_path, mo
     arguments = map(str, [*MODEL, *TASKS, *POLICY, *failing])
     monkeypatch.setattr(sys, "argv", ["entropyprune", "eval", *arguments])
     with pytest.raises(SystemExit) as exit_:
-        cli.main()
+        main.main()
     out, err = capsys.readouterr()
     last = err.splitlines()[-1]
     assert exit_.value.code == 2, err
@@ -111,8 +113,8 @@ def shown(capsys, wer=None, **values):
         }
 
     facts = {"requests": 7, "unpruned": {}, "notes": []}
-    runs = [cli_eval._Run(name, 1.0, {"tasks": tasks(i), **facts}) for i, name in enumerate("ab")]
-    cli_eval._show(runs, None, None)
+    runs = [eval_table.Run(name, 1.0, {"tasks": tasks(i), **facts}) for i, name in enumerate("ab")]
+    eval_table.show(runs, None, None)
     lines = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
     return {row[0]: row[3:] for row in cells}, [line for line in lines if "so there is" in line]

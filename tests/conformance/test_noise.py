@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from ep_backends.shared.processor import encode
 from ep_backends.transformers.backend import TransformersBackend
-from ep_backends.transformers.processor import encode
 from ep_conformance.comparison import NOISE_CAP, NOISE_MARGIN, Expected, Pruned, expect
 from ep_conformance.oracle import OracleResult, token_score
 from ep_conformance.test_engine import CASES, contents
@@ -62,3 +62,35 @@ def test_the_picture_that_differs_is_blamed(monkeypatch):
     records = tuple(SpanRecord(*span, own) for span, own in kept)
     with pytest.raises(AssertionError, match=r"^picture 1: kept .*a set selection in float32"):
         right.check(Answer((), "", 80, records, None, None))
+
+
+def answered(right, chosen, *, tokens=0, logits=0.0):
+    """The answer of an engine that kept `chosen` of the one picture, and made these mistakes."""
+    result = right._run(4, torch.float32, [chosen])
+    ids = [token + tokens for token in result.output_ids]
+    record = SpanRecord(*result.spans[0], tuple(chosen))
+    return Answer(
+        tuple(ids), "", len(result.input_ids), (record,), None, None, result.logits + logits
+    )
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [({}, None), ({"tokens": 1}, "greedy tokens"), ({"logits": 2e-4}, "logits differ")],
+)
+def test_behind_a_choice_that_noise_explains_all_is_compared(monkeypatch, mistake, message):
+    """The kept tokens differ within the noise; tokens and logits are those of that choice."""
+    monkeypatch.setattr("ep_conformance.comparison.NOISE_MARGIN", 1e9)
+    monkeypatch.setattr("ep_conformance.comparison.NOISE_CAP", 1.0)
+    picture = demo.PICTURES / "sample_00.png"
+    right = expect(demo.MODEL, Request((picture, "what is it?"), 4), Pruned(1, 48, "rows"))
+    kept = right.result.kept[0]
+    other = sorted([*kept[:-1], next(i for i in range(144) if i not in kept)])
+    answer = answered(right, other, **mistake)
+    worst = float((answer.logits - right.result.logits).abs().max())
+    assert worst > 1e-4, "the other choice gives the same logits: nothing would be shown"
+    if message is None:
+        right.check(answer)
+    else:
+        with pytest.raises(AssertionError, match=message):
+            right.check(answer)

@@ -4,7 +4,7 @@ Levels 1 and 2 get the transformers backend with one thing broken inside. For le
 server to break: it answers one request after the other, and claims what engines that serve can do.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +15,20 @@ import torch
 
 import ep_conformance.__main__ as suite
 import ep_conformance.plugin
-from ep_backends.transformers import enable, pruner
+from ep_backends.transformers import enable, layers
 from ep_backends.transformers.backend import TransformersBackend, TransformersSession
+from ep_backends.transformers.batch import Prefill
 from ep_conformance.recording import Recording
 from ep_conformance.selection_cases import tf32_rounded
 from ep_core import plugins
 from ep_core.backend import Answer, BackendSpec, Capabilities, Request, Serving
+from ep_core.compaction import Pass
 from ep_core.family import Placeholder
 from ep_core.plan import PlannedUnit, RequestPlan, Run, Unit
 from ep_core.policy import PruningPolicy
-from ep_core.spans import VisualSpan
 
 Choose = Any
+MATCHES = "test_engine_matches_oracle[{}]"
 
 
 def planned(spans: Sequence[tuple[int, int]], keep: Sequence[int], tokens: int) -> RequestPlan:
@@ -85,13 +87,14 @@ class Broken(TransformersBackend):
     def open(self, model: Path, policy: PruningPolicy | None, **options: Any) -> Any:
         session = super().open(model, policy, **options)
         if session.pruning is not None and self.defect == "off by one span":
-            family = session.pruning._family
+            settings = session.pruning._settings
 
             def shifted(config: Any, ids: Sequence[int]) -> list[Placeholder]:
-                found = family.find(config, ids)
+                found = settings.family.find(config, ids)
                 return [Placeholder(Run(own.run.start - 1, own.run.stop - 1)) for own in found]
 
-            session.pruning._family = replace(family, find=shifted)
+            family = replace(settings.family, find=shifted)
+            session.pruning._settings = replace(settings, family=family)
         return session
 
 
@@ -166,7 +169,7 @@ class ServerSession(TransformersSession):
             finally:
                 self.pruning.disable()
                 self.pruning = None
-        cached = self._cached(request, policy, answer) if self._serving.prefix_cache else 0
+        cached = self._cached(request, policy) if self._serving.prefix_cache else 0
         chunk, left = self._serving.prefill_chunk, request.leave_after
         new = answer.prompt_tokens - cached
         answer = replace(
@@ -183,12 +186,14 @@ class ServerSession(TransformersSession):
             answer = replace(answer, output_ids=(*answer.output_ids[:1], *answer.output_ids[2:]))
         return answer
 
-    def _cached(self, request: Request, policy: PruningPolicy | None, answer: Answer) -> int:
+    def _cached(self, request: Request, policy: PruningPolicy | None) -> int:
         """Tokens of the prompt that an earlier one starts with, under the same policy."""
         ids: list[Any] = self._encode([request])["input_ids"][0].tolist()
         pictures = [part for part in request.content if isinstance(part, Path)]
-        for span, picture in zip(self._spans(ids), pictures, strict=True):
-            ids[span.start : span.stop] = [picture] * len(span)
+        config = self.model.config.to_dict()
+        found = plugins.registry().family(config["model_type"]).find(config, ids)
+        for run, picture in zip([one.run for one in found], pictures, strict=True):
+            ids[run.start : run.stop] = [picture] * len(run)
         most = 0
         for other, seen in self._seen:
             if other == policy or self._defect == "budgets share prefixes":
@@ -199,98 +204,109 @@ class ServerSession(TransformersSession):
         return most
 
 
-def stale(original: Choose) -> Choose:
+def defective(change: Callable[..., None]) -> Callable[[Choose], Choose]:
+    """A `Pass.choose` after which `change(pass, choose, selector, tensors)` changes `kept`."""
+
+    def breaks(choose: Choose) -> Choose:
+        def broken(self: Pass, selector: Any, *tensors: Any, **options: Any) -> None:
+            choose(self, selector, *tensors, **options)
+            change(self, choose, selector, tensors)
+            units = {unit.first + i for unit in self.units for i in range(len(unit.unit))}
+            rows = [row for row in self.index.tolist() if row not in units]
+            rows += [unit.first + i for unit in self.units for i in unit.chosen.tolist()]
+            self._index = torch.tensor(sorted(rows))
+
+        return broken
+
+    return breaks
+
+
+def stale() -> Callable[[Choose], Choose]:
     """Keep what was kept at that place before."""
-    before: dict[tuple[VisualSpan, int], torch.Tensor] = {}
+    before: dict[tuple[Unit, int], torch.Tensor] = {}
 
-    def choose(selector: Any, rows: Sequence[Any], **tensors: Any) -> None:
-        original(selector, rows, **tensors)
-        for row in rows:
-            places = zip(row.spans, row.keep, strict=True)
-            row.kept = [
-                before.setdefault(place, kept)
-                for place, kept in zip(places, row.kept, strict=bool(row.kept))
-            ]
+    def change(current: Pass, *_: Any) -> None:
+        for unit in current.units:
+            unit.kept = before.setdefault((unit.unit, unit.planned.keep), unit.chosen)
 
-    return choose
+    return defective(change)
 
 
-def by_chunk(original: Choose) -> Choose:
+def by_chunk(current: Pass, choose: Choose, selector: Any, tensors: Any) -> None:
     """Select from the part of a picture that a pass of 32 tokens brings, not from all of it."""
-
-    def choose(selector: Any, rows: Sequence[Any], **tensors: Any) -> None:
-        original(selector, rows, **tensors)
-        for b, row in enumerate(rows):
-            for i, (span, keep) in enumerate(zip(row.spans, row.keep, strict=True)):
-                cut = -(-span.start // 32) * 32
-                if not row.kept or not span.start < cut < span.stop:
-                    continue
-                first = min(keep, cut - span.start, max(1, keep * (cut - span.start) // len(span)))
-                if keep - first > span.stop - cut or first == keep:
-                    continue
-                parts = [VisualSpan(span.start, cut), VisualSpan(cut, span.stop)]
-                part = pruner.Row(parts, [first, keep - first])
-                cutout = {k: None if t is None else t[b : b + 1] for k, t in tensors.items()}
-                original(selector, [part], **cutout)
-                row.kept = [*row.kept]
-                row.kept[i] = torch.cat([part.kept[0], part.kept[1] + cut - span.start])
-
-    return choose
+    for unit in current.units:
+        start, stop, keep = unit.unit.start, unit.unit.stop, unit.planned.keep
+        cut = -(-start // 32) * 32
+        if not start < cut < stop:
+            continue
+        first = min(keep, cut - start, max(1, keep * (cut - start) // (stop - start)))
+        if keep - first > stop - cut or first == keep:
+            continue
+        parts = Pass(tokens=current.tokens)
+        plan = planned([(start, cut), (cut, stop)], [first, keep - first], stop + 1)
+        parts.add(plan, stop, first=unit.first - start)
+        choose(parts, selector, *tensors)
+        kept = {part.unit.start: part.chosen for part in parts.units}
+        one = kept.get(start, torch.arange(cut - start))
+        unit.kept = torch.cat([one, kept.get(cut, torch.arange(stop - cut)) + cut - start])
 
 
-def by_first_row(original: Choose) -> Choose:
+def by_first_row(current: Prefill, choose: Choose, selector: Any, tensors: Any) -> None:
     """Select in every row by the queries and states of the first."""
-
-    def choose(selector: Any, rows: Sequence[Any], **tensors: Any) -> None:
-        first = {k: None if t is None else t[:1].expand_as(t) for k, t in tensors.items()}
-        original(selector, rows, **first)
-
-    return choose
+    rows = torch.arange(current.tokens) % current.columns
+    choose(current, selector, *(None if tensor is None else tensor[rows] for tensor in tensors))
 
 
-def across_pictures(original: Choose) -> Choose:
+def across_pictures(current: Pass, choose: Choose, selector: Any, tensors: Any) -> None:
     """One top-k over all pictures of a prompt."""
-
-    def choose(selector: Any, rows: Sequence[Any], **tensors: Any) -> None:
-        original(selector, rows, **tensors)
-        for b, row in enumerate(rows):
-            if not row.dropped:
-                continue
-            tokens = torch.cat([torch.arange(span.start, span.stop) for span in row.spans])
-            joined = pruner.Row([VisualSpan(0, len(tokens))], [sum(row.keep)])
-            pooled = {k: None if t is None else t[b : b + 1, tokens] for k, t in tensors.items()}
-            original(selector, [joined], **pooled)
-            chosen = tokens[joined.kept[0]]
-            row.kept = [
-                chosen[(chosen >= span.start) & (chosen < span.stop)] - span.start
-                for span in row.spans
-            ]
-            row.keep = [len(kept) for kept in row.kept]
-
-    return choose
+    for request in range(len(current.requests)):
+        own = [unit for unit in current.units if unit.request == request]
+        rows = [unit.first + i for unit in own for i in range(len(unit.unit))]
+        keep = sum(unit.planned.keep for unit in own)
+        joined = Pass()
+        joined.add(planned([(0, len(rows))], [keep], len(rows) + 1) if rows else None, len(rows))
+        choose(joined, selector, *(None if tensor is None else tensor[rows] for tensor in tensors))
+        chosen = torch.tensor(rows)[joined.units[0].chosen] if rows else None
+        for unit in own:
+            inside = (chosen >= unit.first) & (chosen < unit.first + len(unit.unit))
+            unit.kept = chosen[inside] - unit.first
 
 
-def renumbered(original: Any) -> Any:
+def renumbered(cut: Any) -> Any:
     """Give kept tokens the positions 0, 1, 2, ... of a prompt that was short from the start."""
-    return lambda value, index: original(
-        value, index - index + torch.arange(index.shape[1]) if isinstance(value, tuple) else index
-    )
+
+    def broken(self: Prefill, values: torch.Tensor) -> torch.Tensor:
+        kept: torch.Tensor = cut(self, values)
+        rotary = values.shape[2] < 64  # cos and sin have head_dim entries, hidden states more
+        return values[:, : kept.shape[1]].expand_as(kept) if rotary else kept
+
+    return broken
+
+
+def unmasked(slots: Any) -> Any:
+    """Forget that shorter rows are padded."""
+
+    def broken(columns: torch.Tensor, padded: bool, *others: Any) -> Any:
+        return slots(columns, False, *others)
+
+    return broken
 
 
 @contextmanager
 def planted(name: str | None) -> Iterator[None]:
     """The defect inside the transformers backend."""
-    places = {
-        "stale after a prefix hit": ("choose", stale),
-        "each chunk by itself": ("choose", by_chunk),
-        "everyone as the first": ("choose", by_first_row),
-        "top-k across images": ("choose", across_pictures),
-        "re-indexed positions": ("_take", renumbered),
+    places: dict[str | None, tuple[Any, str, Callable[[Any], Any]]] = {
+        "stale after a prefix hit": (Pass, "choose", stale()),
+        "each chunk by itself": (Pass, "choose", defective(by_chunk)),
+        "everyone as the first": (Pass, "choose", defective(by_first_row)),
+        "top-k across images": (Pass, "choose", defective(across_pictures)),
+        "re-indexed positions": (Prefill, "cut", renumbered),
+        "padding is seen": (layers, "Slots", unmasked),
     }
     with pytest.MonkeyPatch.context() as patch:
         if name in places:
-            attribute, breaks = places[name]
-            patch.setattr(pruner, attribute, breaks(getattr(pruner, attribute)))
+            owner, attribute, breaks = places[name]
+            patch.setattr(owner, attribute, breaks(getattr(owner, attribute)))
         yield
 
 
@@ -340,15 +356,25 @@ def test_level_1_catches(defect, caught_by, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("defect", "caught_by"),
     [
-        ("off by one span", "demo-1pictures-layer=1,keep=0.11,method=released"),
-        ("top-k across images", "qwen-gqa-3pictures-layer=3,keep=0.5,method=set-entropy"),
-        ("re-indexed positions", "demo-1pictures-layer=1,keep=0.11,method=released"),
-        ("re-indexed positions", "llava-1pictures-layer=3,keep=0.5,method=set-entropy"),
-        ("everyone as the first", "llava-1+2pictures-layer=1,keep=16,method=trace"),
+        ("off by one span", MATCHES.format("demo-1pictures-layer=1,keep=0.11,method=released")),
+        (
+            "top-k across images",
+            MATCHES.format("qwen-gqa-3pictures-layer=3,keep=0.5,method=set-entropy"),
+        ),
+        (
+            "re-indexed positions",
+            MATCHES.format("demo-1pictures-layer=1,keep=0.11,method=released"),
+        ),
+        (
+            "re-indexed positions",
+            MATCHES.format("llava-1pictures-layer=3,keep=0.5,method=set-entropy"),
+        ),
+        ("everyone as the first", MATCHES.format("llava-1+2pictures-layer=1,keep=16,method=trace")),
+        ("padding is seen", "test_prompts_of_equal_length_that_keep_different_numbers"),
     ],
 )
 def test_level_2_catches(defect, caught_by, tmp_path, monkeypatch):
-    test = f"test_engine.py::test_engine_matches_oracle[{caught_by}]"
+    test = f"test_engine.py::{caught_by}"
     assert run(Broken(defect), tmp_path, monkeypatch, "--test", test) == {test: "failed"}
 
 

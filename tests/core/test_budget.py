@@ -267,9 +267,15 @@ def check_suggestions(budget, spans, layer, shape, text=0):
     message = str(caught.value)
     assert message.startswith(f"{budget.key}={budget.value}")
     assert "\n" not in message
+    assert "min_tokens" not in message, "not everyone who reads this can set it"
     offered = suggestions(message)
     assert offered, f"nothing is offered in: {message}"
-    for key, value in offered:
+    for_policy = str(caught.value.for_policy())
+    assert for_policy.startswith(f"{message}; min_tokens=")
+    ways_out = suggestions(for_policy)
+    assert ways_out[: len(offered)] == offered
+    assert ways_out[len(offered) :] == [("min_tokens", caught.value.min_tokens)]
+    for key, value in ways_out:
         try:
             if key == "min_tokens":
                 large = [n for n in spans if n > value]
@@ -284,9 +290,7 @@ def check_suggestions(budget, spans, layer, shape, text=0):
 
 @given(st.integers(1, 2000), st.integers(1, 2000))
 def test_keeping_more_than_the_span_has_offers_what_works(n, excess):
-    offered = check_suggestions(Keep(n + excess), [n], 2, TINY)
-    assert ("keep", n) in offered
-    assert ("min_tokens", n) in offered
+    assert ("keep", n) in check_suggestions(Keep(n + excess), [n], 2, TINY)
 
 
 @given(st.integers(1, 3000), st.integers(1, 27), st.data())
@@ -328,10 +332,8 @@ def test_a_reduction_out_of_reach_offers_one_that_works_and_is_close(n, text, la
     ("spans", "text"), [([1], 0), ([1, 1], 30), ([2], 100_000)], ids=["one", "ones", "long text"]
 )
 def test_where_no_reduction_is_possible_none_of_zero_is_offered(llava, spans, text):
-    with pytest.raises(BudgetError) as caught:
-        FlopsReduction(0.5).tokens(spans, layer=2, shape=llava, other_tokens=text)
-    for key, value in suggestions(str(caught.value)):
-        assert key == "min_tokens" or BUDGETS[key](value)  # flops=0.0 is itself refused
+    offered = check_suggestions(FlopsReduction(0.5), spans, 2, llava, text)
+    assert offered == [("keep", 1.0)]  # flops=0.0 is itself refused
 
 
 @pytest.mark.parametrize(
@@ -345,3 +347,25 @@ def test_where_no_reduction_is_possible_none_of_zero_is_offered(llava, spans, te
 )
 def test_what_is_offered_works_for_every_span_of_the_prompt(llava, budget, spans):
     check_suggestions(budget, spans, 2, llava)
+
+
+@pytest.mark.parametrize(
+    ("budget", "spans", "whole"),
+    [
+        (Keep(128), [576, 100, 64], 100),
+        (LayerAverage(0.07), [576, 16, 300, 40], 40),  # below 125 tokens none would stay
+        (LayerAverage(100), [576, 16, 300], 16),
+        (FlopsReduction(0.99), [576, 16], 576),
+    ],
+)
+def test_a_policy_has_to_leave_only_those_spans_whole_that_do_not_fit(llava, budget, spans, whole):
+    with pytest.raises(BudgetError) as caught:
+        budget.tokens(spans, layer=2, shape=llava)
+    assert caught.value.min_tokens == whole
+
+
+@pytest.mark.parametrize("value", [0, 1.5, "half"])
+def test_a_value_that_fits_nothing_has_no_min_tokens(value):
+    with pytest.raises(BudgetError) as caught:
+        Keep(value)
+    assert caught.value.for_policy() is caught.value

@@ -241,6 +241,32 @@ def test_queries_of_a_part_wait_under_their_name():
     assert torch.equal(request.waiting.rows[QUERIES], queries[2:])
 
 
+@pytest.mark.parametrize("cut", [5, 9, 24])
+def test_copied_queries_may_be_overwritten(cut):
+    """RoPE rotates them in place before layer K is reached."""
+    generator = torch.Generator().manual_seed(8)
+    queries, hidden = (
+        torch.randn(24, 4, 8, generator=generator),
+        torch.randn(24, 32, generator=generator),
+    )
+    plan = plan_of(24, (unit((1, 4)), 2), (unit((4, 12), (13, 20)), 5))
+    whole = Pass()
+    whole.add(plan, 24)
+    whole.choose(SELECTORS["released"], hidden, queries)
+    found, waiting = [], None
+    for start, stop in itertools.pairwise(sorted({0, cut, 24})):
+        current = Pass()
+        waiting = current.add(plan, stop - start, prefix=start, waiting=waiting).waiting
+        own = queries[start:stop].clone()
+        current.copy_queries(own)
+        own.zero_()
+        current.choose(SELECTORS["released"], hidden[start:stop])
+        current.take(hidden[start:stop], HIDDEN)
+        found += [ranked.kept.tolist() for ranked in current.units]
+        assert not any(ranked.queries is not None for ranked in current.units), "held for longer"
+    assert found == [ranked.kept.tolist() for ranked in whole.units]
+
+
 def test_attention_maps_are_asked_for_by_unit():
     seen = []
 

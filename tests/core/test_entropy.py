@@ -16,7 +16,9 @@ from ep_core.entropy import (
     renyi2_entropy,
 )
 from ep_core.errors import EntropyPruneError
-from ep_core.selectors import greedy_renyi2, greedy_renyi2_torch, top_k
+from ep_core.kernels import reference as torch_kernels
+from ep_core.kernels.reference import greedy_renyi2 as greedy_renyi2_torch
+from ep_core.selectors import greedy_renyi2, top_k
 
 SHAPES = [  # tokens, heads, head_dim
     (6, 2, 32),
@@ -399,6 +401,51 @@ def test_one_token_scores_as_in_a_batch_and_none_gives_none(options):
     assert matrix_entropy(q[:0], **options).shape == (0,)
 
 
+PRECISIONS = [
+    *({"normalize": n, "dtype": d} for n in NORMALIZATIONS for d in (torch.float32, torch.float64)),
+    {"normalize": "none", "released": True},
+]
+
+
+@pytest.mark.parametrize("options", PRECISIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("heads", "head_dim"), [(9, 4), (9, 80), (28, 128)])
+def test_the_size_of_a_block_changes_no_bit(monkeypatch, heads, head_dim, dtype, options):
+    q = queries(77, heads, head_dim, dtype=dtype)
+    q[[0, 15, 16, 76], 2, 3] = math.nan
+    scores = []
+    for tokens in (1, 16, 39, 77):
+        monkeypatch.setattr(torch_kernels, "BLOCK", tokens * heads * max(heads, head_dim))
+        scores.append(torch_kernels.matrix_entropy(q, **options))
+    for score in scores[:-1]:
+        assert torch.equal(score, scores[-1])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records how many bytes the largest tensor has that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, list | tuple) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+        return made
+
+
+@pytest.mark.parametrize("options", PRECISIONS, ids=str)
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 64), (28, 128), (64, 256), (64, 8)])
+def test_the_scorer_in_torch_takes_no_more_memory_for_more_tokens(heads, head_dim, options):
+    per_token = 8 * heads * max(heads, head_dim)
+    q = torch.empty(10**9 // per_token, heads, head_dim, dtype=torch.bfloat16, device="meta")
+    with LargestTensor() as largest:
+        assert torch_kernels.matrix_entropy(q, **options).shape == q.shape[:1]
+    assert 2**24 < largest.bytes <= 2**25, f"{largest.bytes / 2**20:.0f} MiB of float64 at once"
+
+
 def test_memory_layout_changes_no_bit():
     q = queries(6, 28, 128)
     strided = q.transpose(0, 1).contiguous().transpose(0, 1)
@@ -491,6 +538,17 @@ def test_cosine_gram_equals_numpy_and_tokens_without_direction_are_nan(dtype):
     for lost in (1, 3, 4):
         assert gram[lost].isnan().all()
         assert gram[:, lost].isnan().all()
+
+
+def test_a_token_whose_squared_norm_underflows_has_no_direction():
+    smallest = math.sqrt(torch.finfo(torch.float64).tiny)
+    direction = torch.tensor([3.0, -4.0], dtype=torch.float64) / 5
+    lengths = torch.tensor([1, 1.001 * smallest, 0.999 * smallest, 1e-160], dtype=torch.float64)
+    gram = cosine_gram(direction * lengths[:, None])
+    torch.testing.assert_close(gram[:2, :2], torch.ones(2, 2), rtol=0, atol=1e-6)
+    # of what is left below that, too few digits for a cosine
+    assert gram[2:].isnan().all()
+    assert gram[:, 2:].isnan().all()
 
 
 @pytest.mark.parametrize("tokens", [95, 96, 97, 300, 801])

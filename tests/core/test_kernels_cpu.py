@@ -1,6 +1,10 @@
 """The C++ kernels of every instruction set that this processor runs, against float64."""
 
 import math
+import os
+import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,8 +12,10 @@ import torch
 
 from ep_conformance.selection_cases import stored_cases, stored_tensors
 from ep_core.entropy import NORMALIZATIONS, cosine_gram, matrix_entropy
-from ep_core.kernels import Unavailable, build, cpu
-from ep_core.selectors import greedy_renyi2_torch, top_k
+from ep_core.kernels import build, cpu
+from ep_core.kernels.interface import Unavailable
+from ep_core.kernels.reference import greedy_renyi2 as greedy_renyi2_torch
+from ep_core.selectors import top_k
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [  # tokens, heads, head_dim: odd ones, the smallest, the largest
@@ -209,6 +215,50 @@ def test_a_token_scores_the_same_in_every_batch_and_with_every_number_of_threads
     finally:
         torch.set_num_threads(threads)
     assert cpu.matrix_entropy(library, q[:0], "none").shape == (0,)
+
+
+STARVED = """
+import resource, threading
+import torch
+from ep_core.kernels import cpu
+
+library = cpu.open_library("baseline")
+q = torch.randn(200, 28, 64, generator=torch.Generator().manual_seed(0))
+torch.set_num_threads(1)
+expected = cpu.matrix_entropy(library, q, "rows")
+torch.set_num_threads(8)
+# scores that nobody computes are NaN, not what an earlier call left behind
+torch.use_deterministic_algorithms(True)
+
+pages = int(open("/proc/self/statm").read().split()[0])
+most = pages * resource.getpagesize() + 2**24  # less than the stack of one thread
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+try:
+    threading.Thread(target=print).start()
+except RuntimeError:
+    pass
+else:
+    raise SystemExit("a thread could start")
+assert torch.equal(cpu.matrix_entropy(library, q, "rows"), expected)
+"""
+
+
+@pytest.mark.skipif(not available(), reason="no compiled library")
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_threads_that_cannot_start_leave_no_token_without_a_score():
+    def large_stacks():
+        _, hard = resource.getrlimit(resource.RLIMIT_STACK)
+        resource.setrlimit(resource.RLIMIT_STACK, (2**26, hard))
+
+    run = subprocess.run(
+        [sys.executable, "-c", STARVED],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=large_stacks,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("threads", [1, 3])

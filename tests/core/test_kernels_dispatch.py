@@ -1,6 +1,8 @@
 """Which path scores are taken by, what is said about it, and how the libraries are built."""
 
+import importlib
 import logging
+import math
 import shutil
 import subprocess
 import sys
@@ -13,8 +15,10 @@ import torch
 from ep_core import kernels
 from ep_core.entropy import cosine_gram, matrix_entropy
 from ep_core.errors import EntropyPruneError
-from ep_core.kernels import Kernels, Unavailable, build, cpu, cuda
-from ep_core.selectors import greedy_renyi2, greedy_renyi2_torch
+from ep_core.kernels import build, cpu, cuda, reference
+from ep_core.kernels.interface import Kernels, Unavailable
+from ep_core.kernels.reference import greedy_renyi2 as greedy_renyi2_torch
+from ep_core.selectors import greedy_renyi2
 
 Q = torch.randn(20, 8, 16, generator=torch.Generator().manual_seed(0))
 MARK = torch.full((20,), 7.0)
@@ -49,9 +53,10 @@ def test_the_greedy_set_is_the_kernels(marked):
     assert greedy_renyi2(Q.flatten(1), 4).tolist() == [3, 4, 5, 6]
 
 
-def test_a_set_whose_sums_are_not_exact_is_torchs(marked):
-    assert kernels.greedy_renyi2(torch.empty(2**13, 1), 2) is not None
-    assert kernels.greedy_renyi2(torch.empty(2**13 + 1, 1), 2) is None
+def test_a_set_whose_sums_are_not_exact_is_torchs(marked, monkeypatch):
+    monkeypatch.setattr(reference, "greedy_renyi2", lambda gram, k: "torch's")
+    assert kernels.greedy_renyi2(torch.empty(2**13, 1), 2).tolist() == [3, 4]
+    assert kernels.greedy_renyi2(torch.empty(2**13 + 1, 1), 2) == "torch's"
 
 
 @pytest.mark.parametrize(
@@ -144,6 +149,7 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch):
     """They are found by `cuda.load`, and asked for tensors on the CPU."""
+    importlib.import_module("torch._dynamo")  # it looks into Triton, which must not be ours yet
     fake = Fake()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="0.0"))
@@ -177,6 +183,32 @@ def test_a_set_that_is_wrong_at_one_size_only_is_noticed_there(fake, caplog):
         "cpu: torch instead of a fused kernel for a greedy set of at most 1024 tokens: "
         "ArithmeticError: other picks than torch's"
     )
+
+
+@pytest.mark.parametrize("normalize", ["rows", "none", "trace"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", [2, 8, 64])
+def test_a_scorer_that_is_off_by_more_than_the_documented_bound_is_not_used(
+    heads, dtype, normalize
+):
+    size = cuda.ScorerSize(Q.device, heads, 16, dtype, normalize)
+
+    def off_by(error):
+        def score(q, how):
+            scores = matrix_entropy(q, how, dtype=torch.float64).double()
+            x = q[1].double() - q[1].double().mean(dim=0)
+            trace = x.square().sum() / heads
+            unit = max(scores[1].abs(), trace / math.log(heads)) if how == "none" else 1
+            scores[1] += error * unit
+            return scores
+
+        return score
+
+    for error in (9e-6, -9e-6):
+        size.check(off_by(error))  # docs/kernels.md: within 1e-5
+    for error in (1.2e-5, -1.2e-5):
+        with pytest.raises(ArithmeticError):
+            size.check(off_by(error))
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 33, 64, 576, 577, 1024, 1025])
@@ -247,8 +279,8 @@ def test_doctor_tries_usual_sizes(fake, monkeypatch, caplog):
 def test_importing_the_package_loads_no_kernel():
     code = (
         "import sys, ep_core, ep_core.selectors\n"
-        "late = [m for m in sys.modules if m.startswith('ep_core.kernels.') or m == 'triton']\n"
-        "assert not late, late\n"
+        "late = {f'ep_core.kernels.{m}' for m in ('cpu', 'cuda', 'triton_scorer')} | {'triton'}\n"
+        "assert not late & set(sys.modules)\n"
         "import torch; assert not hasattr(torch.ops.entropyprune, 'matrix_entropy')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -22,6 +22,10 @@ def host(monkeypatch):
     class Slots:
         limit = 3
 
+        @property
+        def used(self):
+            return 1
+
     def prefill(tokens, positions, /, layer, **options):
         return tokens
 
@@ -55,6 +59,12 @@ def test_a_point_whose_signature_changed_names_the_parameters(host):
     status = check_point(point("a_host:Engine.forward", ["hidden", "kv", "layer"]))
     assert status.state == "FAILED"
     assert status.detail == "its signature no longer takes kv, layer"
+
+
+def test_a_point_may_be_a_property_that_is_read(host):
+    assert check_point(point("a_host:Engine.Slots.used")).state == "ok"
+    del host.Engine.Slots.used
+    assert check_point(point("a_host:Engine.Slots.used")).state == "FAILED"
 
 
 @pytest.mark.parametrize("target", ["a_host:VERSION", "a_host:Engine.Slots.limit"])

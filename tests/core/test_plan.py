@@ -168,9 +168,16 @@ def test_units_of_at_most_min_tokens_stay_whole(min_tokens, expected, lenient):
 
 
 def test_a_budget_that_does_not_fit_a_unit_is_refused():
-    with pytest.raises(BudgetError, match="keep=128"):
+    with pytest.raises(BudgetError, match=r"keep=128.*min_tokens=64"):
         settings(Keep(128)).plan(UNITS, 800)
     assert counts(settings(Keep(128), min_tokens=64), UNITS, 800) == [64, 128, 64]
+
+
+def test_only_a_reader_who_sets_the_policy_is_told_of_min_tokens():
+    made = settings(Keep(10))
+    with pytest.raises(BudgetError) as caught:
+        made.plan(UNITS, 800, policy=PruningPolicy(2, Keep(128)))
+    assert "min_tokens" not in str(caught.value)
 
 
 def test_a_lenient_plan_leaves_whole_what_the_budget_does_not_fit_and_prunes_the_rest():

@@ -9,7 +9,6 @@ import warnings
 from importlib.metadata import distribution
 from pathlib import Path
 
-import pluggy
 import pytest
 import torch
 
@@ -20,15 +19,16 @@ from ep_core.errors import PluginError, UnsupportedError
 from ep_core.family import Decoder, Family, PatchGrid, Placeholder
 from ep_core.hookspecs import hookimpl
 from ep_core.plan import Run, runs_of
-from ep_core.plugins import ENV_BLOCK, collect, load_plugins
+from ep_core.plugins import ENV_BLOCK, collect, load_plugins, new_manager
 from ep_core.selectors import Selector, SpanInputs, top_k
 
+HOOKS_PAGE = Path(__file__).parents[2] / "docs" / "hooks.md"
+SELECTORS = "entropyprune_selectors"
 HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("entropyprune_"))
 
 
 def manager_with(**plugins):
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
+    manager = new_manager()
     for name, plugin in plugins.items():
         manager.register(plugin, name=name)
     return manager
@@ -101,8 +101,8 @@ def test_every_hook_has_a_test_of_its_name():
 
 @pytest.mark.parametrize("hook", HOOKS)
 def test_every_hook_is_documented_by_its_exact_name(hook):
-    page = Path(__file__).parents[2] / "docs" / "hooks.md"
-    assert re.search(rf"\b{hook}\(\)", page.read_text(encoding="utf-8")), f"{hook}() not in {page}"
+    page = HOOKS_PAGE.read_text(encoding="utf-8")
+    assert re.search(rf"\b{hook}\(\)", page), f"{hook}() not in {HOOKS_PAGE}"
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -140,6 +140,247 @@ def test_one_name_in_two_kinds_is_no_conflict():
     assert registry.providers == {"selector same": "one", "family same": "two"}
 
 
+def selectors_of(function, **options):
+    """An object with one implementation of the selectors' hook, marked with the given options."""
+    hook = staticmethod(hookimpl(**options)(function))
+    return type("Plugin", (), {SELECTORS: hook})()
+
+
+def collected(**plugins):
+    """The registry that the plugins give, and the warnings about them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        registry = collect(manager_with(**plugins))
+    return registry, [str(warning.message) for warning in caught]
+
+
+def without_bad(results):
+    return [[item for item in items if item.name != "bad"] for items in results]
+
+
+def filtering():
+    return without_bad((yield))
+
+
+def filtering_in_old_style():
+    outcome = yield
+    outcome.force_result(without_bad(outcome.get_result()))
+
+
+def filtering_in_place():
+    results = yield
+    for items in results:
+        items[:] = [item for item in items if item.name != "bad"]
+    return results
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (filtering, {"wrapper": True}),
+        (filtering, {"wrapper": True, "tryfirst": True}),
+        (filtering_in_place, {"wrapper": True}),
+        (filtering_in_old_style, {"hookwrapper": True}),
+    ],
+)
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_a_wrapper_filters_what_the_plugins_provide(function, options, place):
+    plugins = {
+        "one": plugin(SELECTORS, a_selector("good"), a_selector("bad")),
+        "two": plugin(SELECTORS, a_selector("better")),
+        "three": plugin("entropyprune_families", a_family()),
+    }
+    order = list(plugins)
+    order.insert({"first": 0, "middle": 1, "last": 3}[place], "filter")
+    plugins["filter"] = selectors_of(function, **options)
+    registry, told = collected(**{name: plugins[name] for name in order})
+    assert not told
+    assert set(registry.selectors) == {"good", "better"}
+    assert registry.providers == {
+        "selector good": "one",
+        "selector better": "two",
+        "family my_vlm": "three",
+    }
+
+
+@pytest.mark.parametrize(
+    ("marks", "order"),
+    [
+        ({}, ["two", "marked", "one"]),  # who registered last is called first
+        ({"tryfirst": True}, ["marked", "two", "one"]),
+        ({"trylast": True}, ["two", "one", "marked"]),
+    ],
+)
+def test_plugins_are_called_in_pluggys_order(marks, order):
+    def provide():
+        return [a_selector("marked")]
+
+    registry, told = collected(
+        one=plugin(SELECTORS, a_selector("one")),
+        marked=selectors_of(provide, **marks),
+        two=plugin(SELECTORS, a_selector("two")),
+    )
+    assert list(registry.selectors) == order
+    assert not told
+
+
+def test_the_wrapper_in_hooks_md_takes_a_method_out():
+    _, block = re.findall(r"```python\n(.*?)```", HOOKS_PAGE.read_text(encoding="utf-8"), re.S)
+    namespace = {}
+    exec(block, namespace)
+    example = type("P", (), {SELECTORS: staticmethod(namespace[SELECTORS])})()
+    registry, told = collected(
+        ours=plugin(SELECTORS, a_selector("rows"), a_selector("trace")), example=example
+    )
+    assert not told
+    assert registry.providers == {"selector rows": "ours"}
+
+
+def test_what_a_wrapper_adds_or_replaces_is_its_own():
+    mine = a_selector("mine")
+
+    def wrapper():
+        results = yield
+        return [[a_selector("replaced"), *items[1:]] for items in results] + [[mine]]
+
+    registry, told = collected(
+        one=plugin(SELECTORS, a_selector("first"), a_selector("kept")),
+        decorator=selectors_of(wrapper, wrapper=True),
+    )
+    assert not told
+    assert registry.selector("mine") is mine
+    assert registry.providers == {
+        "selector replaced": "decorator",
+        "selector kept": "one",
+        "selector mine": "decorator",
+    }
+
+
+def test_a_wrapper_may_decide_between_two_providers_of_one_name():
+    def wrapper():
+        return (yield)[:1]  # of who registered last
+
+    registry, told = collected(
+        one=plugin(SELECTORS, a_selector("same")),
+        two=plugin(SELECTORS, a_selector("same")),
+        judge=selectors_of(wrapper, wrapper=True),
+    )
+    assert not told
+    assert registry.providers == {"selector same": "two"}
+
+
+def raising_before():
+    raise RuntimeError("out of order")
+    yield
+
+
+def raising_behind():
+    (yield).clear()
+    raise RuntimeError("out of order")
+
+
+def raising_in_old_style():
+    (yield).force_result([])
+    raise RuntimeError("out of order")
+
+
+def never_yielding():
+    return []
+    yield
+
+
+def yielding_twice():
+    yield (yield).clear()
+
+
+def returning_nothing():
+    yield
+
+
+def returning_items_in_no_list():
+    return [item for items in (yield) for item in items]
+
+
+def returning_other_things():
+    yield
+    return [["a string is no selector"]]
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (raising_before, {"wrapper": True}),
+        (raising_before, {"hookwrapper": True}),
+        (raising_behind, {"wrapper": True}),
+        (raising_in_old_style, {"hookwrapper": True}),
+        (never_yielding, {"wrapper": True}),
+        (never_yielding, {"hookwrapper": True}),
+        (yielding_twice, {"wrapper": True}),
+        (returning_nothing, {"wrapper": True}),
+        (returning_items_in_no_list, {"wrapper": True}),
+        (returning_other_things, {"wrapper": True}),
+    ],
+)
+def test_a_wrapper_that_breaks_costs_one_warning_and_changes_nothing(function, options):
+    registry, told = collected(
+        one=plugin(SELECTORS, a_selector("good"), a_selector("bad")),
+        broken=selectors_of(function, **options),
+        filter=selectors_of(filtering, wrapper=True),
+        two=plugin(SELECTORS, a_selector("better")),
+    )
+    # pluggy may have a word of its own
+    ours = [text for text in told if text.startswith("entropyprune plugin")]
+    assert len(ours) == 1, told
+    assert ours[0].startswith("entropyprune plugin 'broken' is left out")
+    assert registry.providers == {"selector good": "one", "selector better": "two"}
+
+
+def test_a_wrapper_hides_no_plugin_that_breaks():
+    registry, told = collected(
+        one=plugin(SELECTORS, a_selector("good")),
+        broken=selectors_of(raising),
+        filter=selectors_of(filtering, wrapper=True),
+    )
+    assert [text.split("'")[1] for text in told] == ["broken"]
+    assert registry.providers == {"selector good": "one"}
+
+
+def test_a_hook_implemented_under_another_name_counts():
+    class Plugin:
+        @hookimpl(specname="entropyprune_selectors")
+        def mine(self):
+            return [a_selector()]
+
+        @hookimpl(specname="entropyprune_families")
+        def broken(self):
+            raise RuntimeError("out of order")
+
+    registry, told = collected(one=Plugin(), two=plugin("entropyprune_families", a_family()))
+    assert [text.split("'")[1] for text in told] == ["one"]
+    assert registry.providers == {"selector low-norm": "one", "family my_vlm": "two"}
+
+
+def test_one_plugin_that_provides_a_name_twice_is_refused():
+    twice = plugin(SELECTORS, a_selector("same"), a_selector("same"))
+    with pytest.raises(PluginError, match="'same' is provided twice, by 'mine'; block"):
+        collect(manager_with(mine=twice))
+
+
+def test_two_plugins_that_share_an_item_are_refused_by_both_names():
+    shared = a_selector("same")
+    plugins = {name: plugin(SELECTORS, shared) for name in ("first", "second")}
+    unconcerned = selectors_of(filtering, wrapper=True)
+    with pytest.raises(PluginError, match="by 'first' and 'second'; block"):
+        collect(manager_with(**plugins, filter=unconcerned))
+
+
+def test_one_plugin_under_two_names_is_registered_once():
+    mine = plugin(SELECTORS, a_selector())
+    manager = manager_with(mine=mine)
+    with pytest.raises(ValueError, match="already registered"):
+        manager.register(mine, name="again")
+
+
 def raising():
     raise RuntimeError("out of order")
 
@@ -161,7 +402,7 @@ def test_a_hook_that_breaks_costs_one_warning_and_the_rest_works(implementation)
     provide.__name__ = "entropyprune_selectors"
     manager = manager_with(
         broken=broken,
-        good=plugin("entropyprune_selectors", a_selector()),
+        good=plugin(SELECTORS, a_selector()),
     )
     with pytest.warns(UserWarning, match="plugin 'broken' is left out") as caught:
         registry = collect(manager)
@@ -277,9 +518,10 @@ def test_our_own_plugins_come_by_the_same_route():
     assert "released" not in left.selectors, "a blocked plugin still provides"
 
 
-def test_a_conflict_is_solved_by_the_block_that_its_message_names(installed):
-    installed([("zzz", "a_plugin_z")], a_plugin_z=GOOD.replace("low-norm", "released"))
-    with pytest.raises(PluginError, match="'selectors' and 'zzz'") as caught:
+@pytest.mark.parametrize("name", ["aaa", "zzz"])
+def test_a_conflict_is_solved_by_the_block_that_its_message_names(installed, name):
+    installed([(name, "a_plugin_z")], a_plugin_z=GOOD.replace("low-norm", "released"))
+    with pytest.raises(PluginError, match=f"'selectors' and '{name}'") as caught:
         collect(load_plugins())
     blocked = str(caught.value).rpartition(f"{ENV_BLOCK}=")[2]
     assert collect(load_plugins(blocked=[blocked])).providers["selector released"] == "selectors"
@@ -323,10 +565,22 @@ def test_two_entry_points_of_one_name_are_not_dropped_in_silence(installed):
     assert not lost or any("'twin'" in text for text in told), f"{lost} is gone and nobody is told"
 
 
+def test_two_entry_points_of_one_name_can_be_blocked_one_by_one(installed):
+    installed(
+        [("twin", "a_plugin_one"), ("twin", "a_plugin_two")], a_plugin_one=GOOD, a_plugin_two=GOOD
+    )
+    with pytest.raises(PluginError, match="'twin:a_plugin_one' and 'twin:a_plugin_two'") as caught:
+        collect(load_plugins())
+    blocked = str(caught.value).rpartition(f"{ENV_BLOCK}=")[2]
+    left = collect(load_plugins(blocked=[blocked]))
+    assert left.providers["selector low-norm"] == "twin:a_plugin_one"
+    assert "low-norm" not in collect(load_plugins(blocked=["twin"])).selectors
+
+
 def test_importing_the_core_imports_no_host_and_no_extra():
     code = "import sys, ep_core; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = set(run.stdout.split())
-    assert {"ep_core", "torch", "pluggy"} <= imported
+    assert {"ep_core", "torch"} <= imported
     hosts = {"transformers", "sglang", "lmdeploy", "ep_adapters", "ep_backends", "ep_conformance"}
     assert imported & (hosts | {"click", "rich", "PIL", "matplotlib"}) == set()

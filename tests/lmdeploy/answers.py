@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ep_backends.shared.pictures import read_picture
 from ep_core import demo
-from ep_core.pictures import read_picture
 
 ANSWER_TOKENS = 4
 Asked = list[tuple[str, str]]  # pictures of the demonstration, questions

@@ -27,6 +27,7 @@ Content = tuple[str | Path, ...]
 TOLERANCE = 1e-4  # of a log-probability; the conformance suite's for logits
 TIE = 1e-3  # tokens whose log-probabilities are closer may swap
 CPU = {"num_gpu_blocks": 64, "block_size": 16, "max_batch_size": 4, "eager_mode": True}
+SECONDS = 300  # how long a state is waited for at most
 PIXELS = 28  # sides of what becomes a token in Qwen2.5-VL
 
 
@@ -154,10 +155,14 @@ def ask(session: Any, contents: Sequence[Content], tokens: int = 6, **request: A
 # Inside the engine. It has an event loop in a thread: what touches it runs there.
 
 
-def in_loop(session: Any, work: Coroutine[Any, Any, Any], seconds: float = 120) -> Any:
-    """Run a coroutine in the engine's loop."""
+def in_loop(session: Any, work: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine in the engine's loop; one that takes too long is given up, and said."""
     running = asyncio.run_coroutine_threadsafe(work, session.pipeline.internal_thread.loop)
-    return running.result(seconds)
+    try:
+        return running.result(SECONDS)
+    except TimeoutError:
+        running.cancel()
+        raise AssertionError(f"the engine did not come to its end in {SECONDS} s") from None
 
 
 def scheduler(session: Any) -> Any:
@@ -175,12 +180,12 @@ def nothing_lost(session: Any) -> Iterator[None]:
     """Afterwards as many blocks are free as before, and the scheduler knows no request."""
     before = free_blocks(session)
     yield
-    end = time.monotonic() + 10
+    end = time.monotonic() + SECONDS
     # a session is ended after its last token went out
     while (free_blocks(session), len(scheduler(session).sessions)) != (before, 0):
         assert time.monotonic() < end, (
-            f"{before} blocks were free, now {free_blocks(session)}; sessions that are left: "
-            f"{list(scheduler(session).sessions)}"
+            f"{SECONDS} s after the last answer: {before} blocks were free, now "
+            f"{free_blocks(session)}; sessions that are left: {list(scheduler(session).sessions)}"
         )
         time.sleep(0.01)
     allocator = scheduler(session).block_manager.allocator.get_phy_allocator("gpu")

@@ -6,16 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ep_backends.lmdeploy.kv import (
-    TEXT_CAPACITY_LOSS,
-    GroupedLayout,
-    PicturePlan,
-    group_layers,
-    kv_ratio,
-    pages_below,
-)
+from ep_backends.lmdeploy.attached import PLAN
+from ep_backends.lmdeploy.kv import GroupedLayout, grouped, pages_below
+from ep_backends.lmdeploy.settings import LMDeploySettings
+from ep_backends.shared.capacity import TEXT_CAPACITY_LOSS
 from ep_conformance.checkpoints import tiny_qwen2_5_vl
-from ep_core.errors import UnsupportedError
+from ep_core.errors import EntropyPruneError, UnsupportedError
+from ep_core.plan import PlannedUnit, RequestPlan, Run, Unit
 from ep_core.policy import PruningPolicy
 
 from .common import ask, expected, few_blocks, nothing_lost, picture, scheduler, start, wrong
@@ -25,6 +22,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 # Counting.
+
+
+def with_plan(pictures, prompt_tokens):
+    """LMDeploy's data of pictures `(start, stop, keep)`, as they reach its scheduler."""
+    units = [PlannedUnit(Unit((Run(a, b),), i), keep) for i, (a, b, keep) in enumerate(pictures)]
+    plan = RequestPlan.of(units, prompt_tokens)
+    data = [SimpleNamespace(start=a, end=b, meta={PLAN: plan}) for a, b, _ in pictures]
+    return SimpleNamespace(multimodals={"image": data})
 
 
 def literal_blocks(tokens, dropped_positions, size, ratio):
@@ -57,15 +62,8 @@ def test_blocks_of_a_sequence_are_those_that_it_touches(size, ratio, pictures):
     from ep_backends.lmdeploy.kv import required_blocks
 
     original = DefaultBlockManager.num_required_blocks
-    planned = [
-        SimpleNamespace(
-            start=begin,
-            end=stop,
-            meta={"entropyprune": PicturePlan(keep, ratio, detailed=False)},
-        )
-        for begin, stop, keep in pictures
-    ]
     last = pictures[-1][1]
+    history = with_plan(pictures, last + 1)
     for tokens in [*range(last, last + 2 * size * ratio + 2), 1000]:
         for ahead in (0, 1, size):
             if ahead and tokens % 5:
@@ -75,12 +73,12 @@ def test_blocks_of_a_sequence_are_those_that_it_touches(size, ratio, pictures):
                 kv_token_limit=None,
                 block_size=size,
                 logical_blocks=[None] * (tokens % 3),
-                history_multimodals=SimpleNamespace(multimodals={"image": planned}),
+                history_multimodals=history,
             )
             dropped = {at for begin, stop, keep in pictures for at in range(begin, stop - keep)}
             literal = literal_blocks(tokens + ahead, dropped, size, ratio)
             wanted = max(0, literal - len(sequence.logical_blocks))
-            found = required_blocks(original, sequence, ahead)
+            found = required_blocks(original, ratio, sequence, ahead)
             assert found == wanted, f"{tokens} + {ahead} tokens: {found} blocks, not {wanted}"
 
 
@@ -89,14 +87,11 @@ def test_blocks_of_a_chunk_are_those_of_the_pictures_in_it():
 
     from ep_backends.lmdeploy.kv import required_blocks
 
-    meta = {"entropyprune": PicturePlan(keep=4, ratio=2, detailed=False)}
-    spans = [(10, 110), (120, 220)]
-    planned = [SimpleNamespace(start=a, end=b, meta=meta) for a, b in spans]
     sequence = SimpleNamespace(
         num_all_ids=300,
         block_size=16,
         logical_blocks=[],
-        history_multimodals=SimpleNamespace(multimodals={"image": planned}),
+        history_multimodals=with_plan([(10, 110, 4), (120, 220, 4)], 300),
     )
     for limit, dropped in ((10, set()), (115, range(10, 106)), (None, None)):
         sequence.kv_token_limit = limit
@@ -104,8 +99,19 @@ def test_blocks_of_a_chunk_are_those_of_the_pictures_in_it():
         if dropped is None:
             dropped = {*range(10, 106), *range(120, 216)}
         literal = literal_blocks(tokens, dropped, 16, 2 if dropped else 1)
-        found = required_blocks(DefaultBlockManager.num_required_blocks, sequence)
+        found = required_blocks(DefaultBlockManager.num_required_blocks, 2, sequence)
         assert found == literal, f"a chunk that ends at {limit}: {found} blocks, not {literal}"
+
+
+def test_a_picture_that_is_not_where_it_was_planned_is_noticed():
+    from ep_backends.lmdeploy.kv import required_blocks
+
+    history = with_plan([(10, 110, 4)], 300)
+    history.multimodals["image"][0].start += 200
+    history.multimodals["image"][0].end += 200
+    sequence = SimpleNamespace(num_all_ids=400, history_multimodals=history)
+    with pytest.raises(EntropyPruneError, match=r"moved a picture to \[210, 310\)"):
+        required_blocks(None, 2, sequence)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +119,9 @@ def test_blocks_of_a_chunk_are_those_of_the_pictures_in_it():
 )
 @pytest.mark.parametrize("keep", [0.05, 0.25, 0.9, 64])
 def test_text_loses_at_most_an_eighth_of_its_capacity(layers, layer, keep):
-    ratio = kv_ratio(PruningPolicy.parse(f"layer={layer},keep={keep}"), layers)
+    policy = PruningPolicy.parse(f"layer={layer},keep={keep}")
+    text = {"model_type": "llama", "num_hidden_layers": layers}
+    ratio = LMDeploySettings.of(policy, {"model_type": "llava", "text_config": text}).ratio
     assert ratio >= 2
     capacity = layers / (layers - layer + ratio * layer)  # of text, in the memory of before
     allowed = 1 - float(TEXT_CAPACITY_LOSS)
@@ -161,7 +169,7 @@ def test_copy_of_a_block_moves_all_its_pages(packed, per_block):
     from lmdeploy.pytorch.engine.cache_engine.plan import BlockCachePlan
 
     blocks, ratio = 6, 3
-    plan = group_layers(BlockCachePlan(packed.tensor_specs, packed, per_block), 2, ratio)
+    plan = grouped(BlockCachePlan(packed.tensor_specs, packed, per_block), 2, ratio)
     cache = plan.allocate(blocks, "cpu")
     assert plan.logical_block_nbytes * blocks == cache.nbytes
     generator = torch.Generator().manual_seed(0)
@@ -198,7 +206,7 @@ def test_layout_that_was_never_tested_is_refused(packed):
 
     other = ContiguousBlockCacheLayout(packed.tensor_specs, 5)
     with pytest.raises(UnsupportedError, match="ContiguousBlockCacheLayout"):
-        group_layers(BlockCachePlan(packed.tensor_specs, other, 1), 2, 2)
+        grouped(BlockCachePlan(packed.tensor_specs, other, 1), 2, 2)
 
 
 # In an engine.

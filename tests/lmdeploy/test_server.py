@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,16 +13,18 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
+from ep_backends.shared.pictures import read_picture
 from ep_core import demo
-from ep_core.pictures import read_picture
+from ep_core.checkpoint import read_config
 
 from ..servers import counters, post  # noqa: TID252 # tests are no installed package
 
 SAMPLES = json.loads((demo.PICTURES / "samples.json").read_text())
-START_SECONDS, STARTS = 120, 8
+START_SECONDS, STARTS = 600, 8
 NUMBER = "what number is written?"
 API_SERVER = [
     *("serve", "api_server", str(demo.MODEL), "--backend", "pytorch", "--eager-mode"),
@@ -132,7 +135,7 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     # 100 of the 144 tokens of a demonstration picture
     policy = "layer=2,keep=100,method=set-entropy"
-    command = ("ep_core.cli", "serve", "lmdeploy", "--policy", policy, "--", *API_SERVER)
+    command = ("entropyprune", "serve", "lmdeploy", "--policy", policy, "--", *API_SERVER)
     with serve(folder, *command) as address:
         yield address
 
@@ -186,6 +189,32 @@ def test_counters_say_what_each_picture_kept(server, inside):
     assert status == 200, answer
 
 
+def test_a_picture_that_the_budget_does_not_fit_stays_whole_beside_one_that_it_fits(server):
+    """The server keeps 100 tokens of a picture, and this one has 64."""
+    buffer = io.BytesIO()
+    read_picture(demo.PICTURES / SAMPLES[1]["image"]).resize((112, 112)).save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    small, large = {"type": "image_url", "image_url": {"url": url}}, part(SAMPLES[0])
+    kept = {"visual_tokens_seen": 208, "visual_tokens_kept": 164, "requests_pruned": 1}
+    for content in ((small, large), (large, small)):
+        with counted(server, **kept):
+            status, answer = ask(server, *content, NUMBER)
+        assert status == 200, answer
+    reason = {"the server's budget does not fit the picture": 1}
+    with counted(server, visual_tokens_seen=64, visual_tokens_kept=64, **reason):
+        status, answer = ask(server, small, NUMBER)
+    assert status == 200, answer
+
+
+def test_several_answers_are_counted_as_the_requests_that_lmdeploy_makes_of_them(server):
+    """It prefills the prompt for each; the documentation says so."""
+    expected = {"visual_tokens_seen": 432, "visual_tokens_kept": 300, "requests_pruned": 3}
+    with counted(server, **expected):
+        status, answer = ask(server, part(SAMPLES[0]), NUMBER, n=3)
+    assert status == 200, answer
+    assert len(answer["choices"]) == 3
+
+
 def test_pictures_of_earlier_turns_have_their_own_budgets(server):
     messages = [
         {"role": "user", "content": [part(SAMPLES[0], {"keep": 8}), {"type": "text", "text": "?"}]},
@@ -198,13 +227,63 @@ def test_pictures_of_earlier_turns_have_their_own_budgets(server):
     assert status == 200, answer
 
 
-def test_native_endpoint_prunes_too(server):
-    url = part(SAMPLES[0])["image_url"]["url"]
-    prompt = "<|im_start|>user\n<IMAGE_TOKEN>what number is written?<|im_end|>\n"
-    body = {"prompt": prompt, "image_data": {"url": url, "entropyprune": {"keep": 7}}}
-    with counted(server, visual_tokens_seen=144, visual_tokens_kept=7, requests_pruned=1):
-        status, answer = post(f"{server}/generate", body | {"max_tokens": 4})
-    assert status == 200, answer
+def bodies(wish):
+    """For each row of the table in the documentation, a request with a picture that asks `wish`."""
+    picture, own = part(SAMPLES[0]), {"entropyprune": wish}
+    url = picture["image_url"]["url"]
+    media, data = url.removeprefix("data:").split(";base64,")
+    token = read_config(demo.MODEL)["image_token_id"]
+    with_ids = {"input_ids": [9, token, 11], "image_data": {"url": url} | own}
+    prompt = [{"type": "text", "text": "<IMAGE_TOKEN>what?"}, picture | own]
+    source = {"type": "base64", "media_type": media, "data": data}
+    chat = {"model": str(demo.MODEL), "max_tokens": 3}
+
+    def messages(*content):
+        return {"messages": [{"role": "user", "content": content}]}
+
+    return {
+        ("/v1/chat/completions", "parts of `messages`"): messages(picture | own),
+        ("/v1/chat/completions", "`image_data` beside `input_ids`"): {"messages": []} | with_ids,
+        ("/generate", "`image_data`"): {"prompt": "<IMAGE_TOKEN>what?"}
+        | {"image_data": with_ids["image_data"]},
+        ("/v1/completions", "parts of messages in `prompt`"): {
+            "prompt": [messages(*prompt)["messages"]]
+        },
+        ("/v1/messages", "`image` blocks of `messages`"): messages(
+            {"type": "image", "source": source | own} | own
+        ),
+        ("/v1/messages", "`image_data` beside `input_ids`"): {"messages": []} | with_ids,
+        ("/v1/responses", "none"): {
+            "input": [
+                {"role": "user", "content": [{"type": "input_image", "image_url": url} | own]}
+            ]
+        },
+    }, chat
+
+
+def documented():
+    """The same rows from the documentation, and what it says of a budget of the picture's own."""
+    page = (Path(__file__).parents[2] / "docs/lmdeploy.md").read_text()
+    rows = re.findall(r"^\| `(/\S+)` \| (.*?) \| (.*?) \|$", page, re.M)
+    return {(endpoint, form): says for endpoint, form, says in rows}
+
+
+def test_every_endpoint_is_documented():
+    assert list(documented()) == list(bodies(None)[0])
+
+
+@pytest.mark.parametrize("row", list(documented()), ids=" ".join)
+def test_endpoint_does_what_the_documentation_says(server, row):
+    says = documented()[row]
+    requests, more = bodies({"keep": 16})
+    refused = says.startswith("refused")
+    kept = {"read": 16}.get(says, 100)
+    pruned = {"visual_tokens_seen": 144, "visual_tokens_kept": kept, "requests_pruned": 1}
+    with counted(server, **({} if refused else pruned)):
+        status, answer = post(
+            server + row[0], more | requests[row], **{"anthropic-version": "2023-06-01"}
+        )
+    assert status == (400 if refused else 200), answer
 
 
 def test_logprobs_of_the_prompt_switch_pruning_off(server):
@@ -228,9 +307,10 @@ def test_logprobs_of_the_prompt_switch_pruning_off(server):
     [
         ({"keep": 1.6}, "keep=1.6 is outside"),
         ({"keep": 145}, "keep=145 asks for more than a span of 144 tokens has"),
-        ({"layer": 1}, "a request cannot set 'layer', only keep, average and details"),
+        ({"layer": 1}, "a request cannot set 'layer', only keep, average"),
         ({"flops": 0.5}, "a request cannot set 'flops'"),
-        ({"keep": 5, "details": "yes"}, "details='yes' is not allowed"),
+        ({"keep": 5, "details": True}, "a request cannot set 'details'"),
+        ({"keep": 1}, "keep=1 is one token to some JSON writers and every token to others"),
         ("of", "entropyprune='of' cannot be read"),
         (5, "entropyprune=5 cannot be read"),
     ],

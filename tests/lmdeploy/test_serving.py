@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from ep_backends.lmdeploy import requests as lmdeploy_requests
+from ep_backends.lmdeploy.requests import plan_of
 from ep_conformance.checkpoints import tiny_qwen2_5_vl
 from ep_core.backend import Request
 from ep_core.budget import FlopsReduction, Keep
 from ep_core.errors import EntropyPruneError
+from ep_core.plan import Reason
 
 from .common import (
     ask,
@@ -106,15 +107,14 @@ async def ask_with(session, content, wishes, **sampling):
     """Ask through LMDeploy's own doors: each picture with what it asks of pruning."""
     from lmdeploy import GenerationConfig
 
-    parts, left = session._parts(Request(content)), iter(wishes)
-    for part in parts:
+    (messages, _), left = session._messages(Request(content)), iter(wishes)
+    for part in messages[0]["content"]:
         if part["type"] == "image_data":
             part["image_data"]["entropyprune"] = next(left)
     engine = session.pipeline.async_engine
     config = GenerationConfig(**{"max_new_tokens": 6, "do_sample": False} | sampling)
-    messages = [{"role": "user", "content": parts}]
     prepared = await engine.preprocess(messages, engine.session_mgr.get(), gen_config=config)
-    seen = SimpleNamespace(ids=[], logprobs=[], reason=prepared.inputs.get("entropyprune"))
+    seen = SimpleNamespace(ids=[], logprobs=[], plan=plan_of(prepared))
     async for output in engine.generate(prepared):
         seen.ids += output.token_ids or []
         seen.logprobs += output.logprobs or []
@@ -125,7 +125,7 @@ async def ask_with(session, content, wishes, **sampling):
     ("budget", "message"),
     [
         (Keep(65), "keep=65 asks for more than a span of 64 tokens has"),
-        (FlopsReduction(0.3), "a request cannot set 'flops', only keep, average and details"),
+        (FlopsReduction(0.3), "a request cannot set 'flops', only keep, average"),
     ],
 )
 def test_request_with_a_budget_that_does_not_fit_is_refused_alone(engine, budget, message):
@@ -164,9 +164,9 @@ def test_engine_without_a_policy_refuses_a_budget(engine):
 @pytest.mark.parametrize(
     ("sampling", "reason"),
     [
-        ({"logprobs": 1, "logprob_start_len": 0, "max_new_tokens": 0}, lmdeploy_requests.LOGPROBS),
-        ({"logprobs": 1, "logprob_start_len": 9, "max_new_tokens": 0}, lmdeploy_requests.LOGPROBS),
-        ({"return_ppl": True}, lmdeploy_requests.PERPLEXITY),
+        ({"logprobs": 1, "logprob_start_len": 0, "max_new_tokens": 0}, Reason.PROMPT_LOGPROBS),
+        ({"logprobs": 1, "logprob_start_len": 9, "max_new_tokens": 0}, Reason.PROMPT_LOGPROBS),
+        ({"return_ppl": True}, Reason.PERPLEXITY),
     ],
 )
 def test_request_for_values_of_its_prompt_is_not_pruned(engine, sampling, reason):
@@ -174,7 +174,7 @@ def test_request_for_values_of_its_prompt_is_not_pruned(engine, sampling, reason
     plain = right(engine, [content], layer=None)[0]
     with nothing_lost(session):
         seen = in_loop(session, ask_with(session, content, [None, None], **sampling))
-    assert seen.reason == reason
+    assert seen.plan.reason == reason
     if sampling.get("max_new_tokens") == 0:
         scored = len(plain.input_ids) - sampling["logprob_start_len"] - 1
         assert len(seen.logprobs) == scored, f"{len(seen.logprobs)} tokens have one, not {scored}"
@@ -208,7 +208,7 @@ def test_chunks_between_the_decode_steps_of_others(engine):
 
     async def both():
         first = [asyncio.ensure_future(session._ask(Request(c, 40))) for c in early]
-        while not all(seen.scheduled for seen in session._seen.values()) or not session._seen:
+        while not all(each.scheduled for each in session._running.values()) or not session._running:
             await asyncio.sleep(0)
         second = [asyncio.ensure_future(session._ask(Request(c, 12))) for c in late]
         return await asyncio.gather(*first), await asyncio.gather(*second)
@@ -221,7 +221,7 @@ def test_chunks_between_the_decode_steps_of_others(engine):
             for content, each in zip(contents, seen, strict=True)
         ]
         assert not wrong(answers, right(engine, contents, tokens))
-    assert min(each.held.passes for each in second) > 2, "the late ones were not cut in chunks"
+    assert min(each.state.passes for each in second) > 2, "the late ones were not cut in chunks"
 
 
 def test_preempted_requests_are_computed_again(engine):
@@ -311,7 +311,8 @@ def test_prompt_as_tokens_with_a_picture(engine):
     (begin, stop) = whole.spans[0]
     token = whole.input_ids[begin]
     ids = [*whole.input_ids[:begin], token, *whole.input_ids[stop:]]
-    parts = session._parts(Request((small,)))
+    (message,), _ = session._messages(Request((small,)))
+    parts = message["content"]
     for part in parts:
         part["image_data"]["entropyprune"] = {"keep": 3}
     messages = [{"role": "user", "content": [{"type": "text", "text": ids}, *parts]}]

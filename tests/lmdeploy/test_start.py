@@ -1,16 +1,27 @@
 """What happens before an engine runs: the policy is found, refused, or nothing is touched."""
 
+import copy
+import dataclasses
+import inspect
+import os
+import pickle
 import pkgutil
+import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import ep_backends.lmdeploy
 from ep_backends.lmdeploy import ledger, plugin
+from ep_backends.lmdeploy.attached import settings_of
+from ep_backends.lmdeploy.families import FAMILIES
+from ep_backends.lmdeploy.settings import EnginePolicy, settings_in
 from ep_conformance.checkpoints import tiny_qwen2_5_vl
-from ep_core.errors import PolicyError, UnsupportedError
+from ep_core.errors import EntropyPruneError, PolicyError, UnsupportedError
 from ep_core.patching import check_point
 from ep_core.policy import PruningPolicy
 
@@ -37,7 +48,7 @@ def inactive():
 # Attach points.
 
 
-@pytest.mark.parametrize("point", ledger.POINTS, ids=lambda point: point.target)
+@pytest.mark.parametrize("point", ledger.points(), ids=lambda point: point.target)
 def test_attach_point_fits_the_installed_version(point):
     status = check_point(point)
     assert status.state == "ok", status.detail
@@ -46,7 +57,7 @@ def test_attach_point_fits_the_installed_version(point):
     assert point.remove_when
 
 
-@pytest.mark.parametrize("point", ledger.POINTS, ids=lambda point: point.target)
+@pytest.mark.parametrize("point", ledger.points(), ids=lambda point: point.target)
 @pytest.mark.parametrize("change", ["gone", "takes something else"])
 def test_attach_point_of_another_version_is_noticed(point, change):
     if change == "takes something else" and not point.parameters:
@@ -62,10 +73,61 @@ def test_attach_point_of_another_version_is_noticed(point, change):
             patch.setattr(owner, name, lambda self, other: None)
         assert check_point(point).state == "FAILED"
         start = ep_backends.lmdeploy.activate
-        if point in ledger.IN_WORKERS:
-            start = partial(ledger.check_points, ledger.IN_WORKERS)
+        for elsewhere in (ledger.IN_WORKERS, ledger.IN_SESSIONS):
+            if point in elsewhere:
+                start = partial(ledger.check_points, elsewhere)
         with pytest.raises(UnsupportedError, match=r"does not fit: .* run entropyprune doctor"):
             start()
+
+
+def test_what_our_classes_override_is_in_the_ledger():
+    """A method that LMDeploy calls otherwise one day would override nothing."""
+    targets = {point.target for point in ledger.points()}
+    for ours, bases in ledger.OVERRIDDEN.items():
+        owners = {base: vars(pkgutil.resolve_name(base)) for base in bases}
+        for name, method in vars(pkgutil.resolve_name(ours)).items():
+            if inspect.isfunction(method) and not name.startswith("__"):
+                found = [f"{base}.{name}" for base, theirs in owners.items() if name in theirs]
+                assert found, f"{ours}.{name} overrides nothing"
+                assert set(found[:1]) <= targets
+
+
+def test_every_class_of_ours_that_stands_in_for_one_of_lmdeploys_is_known():
+    from ep_backends.lmdeploy import kv, models
+
+    found = {
+        f"{module.__name__}:{name}"
+        for module in (kv, models)
+        for name, kind in vars(module).items()
+        if isinstance(kind, type) and kind.__module__ == module.__name__
+    }
+    made = {f"{models.__name__}:Pruned{family.architecture}" for family in FAMILIES.values()}
+    assert found - made == {*ledger.OVERRIDDEN, f"{models.__name__}:_Ranks"}
+
+
+def test_what_is_replaced_is_in_the_ledger():
+    """Each `setattr` of ours on an object of LMDeploy's, found in the source."""
+    sources = Path(ledger.__file__).parent.glob("*.py")
+    found = {
+        name
+        for source in sources
+        for name in re.findall(
+            r"^ *(?:manager|strategy|vision|engine)\.(\w+) = ", source.read_text(), re.M
+        )
+    }
+    assert found == {"num_required_blocks", "update_running"}
+    for name in found:
+        assert any(point.target.endswith(f".{name}") for point in ledger.points()), name
+
+
+def test_an_untested_version_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr("lmdeploy.version.__version__", "0.18.7")
+    ledger.warn_untested.cache_clear()
+    for _ in range(2):
+        ep_backends.lmdeploy.activate().undo()
+    ledger.warn_untested.cache_clear()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("LMDeploy 0.18.7 was not tested with pruning, 0.18.0 was")
 
 
 def test_activating_leaves_cuda_to_the_workers():
@@ -77,7 +139,7 @@ def test_activating_leaves_cuda_to_the_workers():
         "sys.exit(f'asked {len(seen)} times' if seen else 0)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", asked], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", asked], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
 
@@ -108,10 +170,13 @@ def test_undo_restores_every_function():
 
 def test_doctor_shows_every_point():
     done = subprocess.run(
-        [sys.executable, "-m", "ep_core.cli", "doctor"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "entropyprune", "doctor"],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for point in ledger.POINTS:
+    for point in ledger.points():
         assert f"{point.target}\n    ok" in done.stdout, point.target
 
 
@@ -153,6 +218,76 @@ def test_without_a_policy_nothing_differs_from_lmdeploy_alone(model, tmp_path):
         assert as_it_is(session, content) == alone, "after undo"
 
 
+@pytest.mark.parametrize("where", ["activate", "environment"])
+def test_a_session_has_the_last_word(where, model, tmp_path, monkeypatch):
+    """Whatever the process or its environment says, and without changing either."""
+    content = (picture(tmp_path, 0, 8, 8), "what number is written?")
+    if where == "environment":
+        monkeypatch.setenv("ENTROPYPRUNE", POLICY)
+    ep_backends.lmdeploy.activate(POLICY if where == "activate" else None)
+    with start(model, None) as session:
+        config = session.pipeline.async_engine.engine.model_config
+        assert not hasattr(config.hf_config, "entropyprune")
+        assert config.custom_module_map is None
+        (answer,) = ask(session, [content])
+        assert answer.reason == "no policy is set"
+    with start(model, "layer=1,keep=3") as session:
+        (answer,) = ask(session, [content])
+        assert [len(span.kept) for span in answer.spans] == [3]
+    assert os.environ.get("ENTROPYPRUNE", "") == (POLICY if where == "environment" else "")
+
+
+def test_a_session_whose_engine_does_not_prune_says_so(model, tmp_path):
+    """An answer under a policy's name is pruned by it, or an error: never `no pictures`."""
+    content = (picture(tmp_path, 0, 8, 8), "what number is written?")
+    with start(model, POLICY) as session:
+        ep_backends.lmdeploy.activate().undo()
+        with pytest.raises(EntropyPruneError, match="was pruning undone meanwhile"):
+            ask(session, [content])
+        assert ask(session, [("is there a red star?",)])[0].reason.startswith("the prompt has no")
+    with start(model, POLICY) as session:
+        unhook(session)
+        with pytest.raises(EntropyPruneError, match=r"1 units .* should have lost tokens, 0 did"):
+            ask(session, [content])
+
+
+def unhook(session):
+    """The engine's model forgets the sequences' states."""
+    model = session.pipeline.async_engine.engine.executor.model_agent.patched_model.model
+    model._pruner.settings = dataclasses.replace(model._pruner.settings, details=False)
+
+
+def test_a_policy_on_its_way_activates_the_process_that_gets_it():
+    code = (
+        "import pickle, sys, ep_backends.lmdeploy.plugin as plugin; "
+        "policy = pickle.loads(sys.stdin.buffer.read()); "
+        "print(type(policy).__name__, policy, policy.details, plugin.is_active())"
+    )
+    for text, details, active in (("layer=2,keep=3", True, True), ("", False, False)):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            input=pickle.dumps(EnginePolicy(text, details=details)),
+            capture_output=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        assert done.stdout.decode().split("\n")[0] == f"EnginePolicy {text} {details} {active}"
+
+
+def test_a_policy_of_an_engine_is_settled_once_in_a_process():
+    config = SimpleNamespace(
+        to_dict=lambda: {"model_type": "llava", "text_config": {"model_type": "llama"}}
+    )
+    config.entropyprune = EnginePolicy("layer=2,keep=0.1", details=True)
+    settings = settings_in(config)
+    assert settings_in(config) is settings
+    assert (settings.details, settings.core.layer, settings.ratio) == (True, 2, 3)
+    assert settings_in(copy.deepcopy(config)).ratio == 3
+    for nothing in (EnginePolicy(""), None, "layer=2,keep=3"):
+        config.entropyprune = nothing
+        assert settings_in(config) is None
+
+
 @pytest.mark.parametrize("again", ["the same configuration", "a policy that nobody reads"])
 def test_undo_is_for_every_later_engine(again, model):
     from lmdeploy import PytorchEngineConfig, pipeline
@@ -182,7 +317,7 @@ def test_configuration_object_may_be_used_again(model):
     for policy in (POLICY, "layer=1,keep=3"):
         ep_backends.lmdeploy.activate(policy)
         with pipeline(str(model), backend_config=config, log_level="ERROR") as pipe:
-            assert pipe.async_engine.entropyprune.policy == PruningPolicy.parse(policy)
+            assert settings_of(pipe.async_engine).core.policy == PruningPolicy.parse(policy)
 
 
 # Where a policy is set.
@@ -202,7 +337,7 @@ def test_policy_is_found_wherever_it_is_set(where, model, monkeypatch):
     ep_backends.lmdeploy.activate(POLICY if where == "activate" else None)
     config = PytorchEngineConfig(**CPU, hf_overrides=overrides)
     with pipeline(str(model), backend_config=config, log_level="ERROR") as pipe:
-        assert str(pipe.async_engine.entropyprune.policy) == POLICY
+        assert str(settings_of(pipe.async_engine).core.policy) == POLICY
         built = pipe.async_engine.engine.executor.model_agent.patched_model.model
         assert type(built).__module__ == "ep_backends.lmdeploy.models"
 

@@ -20,7 +20,7 @@ CONTENTS = [
     (PICTURES[3], "and where?"),
 ]
 KEEP, TOKENS = 36, 6  # a quarter of the 144 tokens of each picture
-SECONDS = 150
+SECONDS = 600
 
 
 def ask(folder, method):

@@ -401,7 +401,7 @@ def questions(
         contents: texts and picture files of each message.
         sampling: of each message, over the defaults; `policy` is what it asks of pruning.
     """
-    from ep_core.pictures import read_picture
+    from ep_backends.shared.pictures import read_picture
 
     pictures = [[part for part in content if isinstance(part, Path)] for content in contents]
     parameters = []

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from ep_backends.shared.pictures import read_picture
 from ep_core import demo
 from ep_core.backend import Request
-from ep_core.pictures import read_picture
 from ep_core.plugins import registry
 
 pytestmark = pytest.mark.filterwarnings("default")  # the engine's warnings are not ours to fix

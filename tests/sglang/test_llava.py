@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ep_backends.shared.pictures import read_picture
 from ep_conformance.checkpoints import make_picture, tiny_llava
 from ep_conformance.oracle import Oracle
 from ep_core.backend import KVSlots, Request
-from ep_core.pictures import read_picture
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
 

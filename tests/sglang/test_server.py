@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from ep_backends.shared.pictures import read_picture
 from ep_core import demo
-from ep_core.pictures import read_picture
 
 from ..servers import counters, post  # noqa: TID252 # tests are no installed package
 
@@ -33,7 +33,7 @@ def serve(folder, *arguments, policy):
         port = free.getsockname()[1]
     log = folder / "server.log"
     command = [
-        *(sys.executable, "-m", "ep_core.cli", "serve", "sglang", "--policy", policy, "--"),
+        *(sys.executable, "-m", "entropyprune", "serve", "sglang", "--policy", policy, "--"),
         *("--model-path", str(demo.MODEL), "--device", "cpu", "--dtype", "float32"),
         *("--mm-attention-backend", "sdpa", "--sampling-backend", "pytorch"),
         *("--grammar-backend", "none", "--disable-cuda-graph", "--max-total-tokens", "8192"),

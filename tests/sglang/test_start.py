@@ -77,7 +77,7 @@ def test_a_server_that_this_process_starts_is_not_pruned_by_our_own_policy():
     program = f"from {Path(__file__).stem} import resolve; print(resolve().radix_cache_backend)"
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        cwd=Path(__file__).parent,  # where this module is
         capture_output=True,
         text=True,
         timeout=600,

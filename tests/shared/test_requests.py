@@ -84,6 +84,11 @@ def test_details_are_for_sessions_and_not_for_every_client():
     assert read_wish({"keep": 5, "details": True}, SERVER, details=True).details
 
 
+def test_one_token_is_no_riddle_in_a_session():
+    asked = session_wish(Request(("hi",), budget=Keep(1)), pruned=True)
+    assert read_wish(asked, SERVER, details=True).policy.budget == Keep(1)
+
+
 @pytest.mark.parametrize(
     ("budget", "asked"),
     [(None, {"details": True}), (Keep(5), {"keep": 5, "details": True}), ("off", "off")],
@@ -119,8 +124,9 @@ def test_pictures_with_wishes_of_their_own_are_planned_each_by_its_own():
 
 
 def test_a_budget_of_the_request_that_does_not_fit_is_an_error_it_can_act_on():
-    with pytest.raises(BudgetError, match="keep=64 or less"):
+    with pytest.raises(BudgetError, match="keep=64 or less") as caught:
         keeps([SMALL], {"keep": 500})
+    assert "min_tokens" not in str(caught.value), "a request cannot set it"
 
 
 def test_a_prompt_that_ends_inside_a_picture_is_not_pruned_in_any_part():

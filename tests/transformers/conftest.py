@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from ep_backends.transformers.processor import load_processor
+from ep_backends.shared.pictures import read_picture
+from ep_backends.shared.processor import load_processor
 from ep_conformance.plugin import Workshop
 from ep_conformance.test_engine import SIZES
-from ep_core.pictures import read_picture
 
 Encode = Callable[..., dict[str, torch.Tensor]]
 

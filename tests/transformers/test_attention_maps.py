@@ -1,10 +1,12 @@
 """Methods that read attention maps get those of layer K-1; engines without maps refuse them."""
 
+import weakref
+
 import pytest
 import torch
 from transformers import DynamicCache
 
-from ep_backends.budgets import server_settings
+from ep_backends.shared.requests import server_settings
 from ep_backends.transformers import enable
 from ep_core import UnsupportedError
 from ep_core.backend import Request
@@ -12,6 +14,8 @@ from ep_core.checkpoint import read_config
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
 from ep_core.selectors import Selector
+
+from .layouts import in_rows
 
 POLICY = "layer=2,keep=3,method=spy"
 
@@ -84,6 +88,44 @@ def test_a_second_turn_gets_the_maps_of_its_own_tokens(lab, given):
     run = columns[jump:]
     assert len(given) == 2
     torch.testing.assert_close(given[1], maps[:, run[-1] + 1 :, run])
+
+
+def test_the_maps_of_a_picture_in_rows_leave_its_separators_out(lab, given):
+    qwen = lab("qwen-gqa")
+    model = qwen.model(attn_implementation="eager")
+    inputs = qwen.encode(["text", qwen.picture(0), "what is it?"])
+    with torch.inference_mode():
+        maps = model(**inputs, output_attentions=True).attentions[1][0]
+        with enable(model, POLICY) as pruning:
+            in_rows(pruning, 3)
+            model(**inputs)
+    columns = (inputs["input_ids"][0] == model.config.image_token_id).nonzero().flatten()
+    assert len(columns) == 12
+    own = columns[[0, 1, 2, 4, 5, 6, 8, 9, 10]]
+    torch.testing.assert_close(given[0], maps[:, columns[-1] :, own])
+
+
+@pytest.mark.parametrize("need", ["attention", "queries"])
+def test_what_a_method_read_is_let_go_before_the_layers_behind_it(lab, monkeypatch, need):
+    """A map of a long prompt is large, and layers >= K are many."""
+    read = []
+
+    def spy(inputs, k):
+        tensor = getattr(inputs, need)
+        read.append(weakref.ref(tensor if tensor._base is None else tensor._base))
+        return torch.arange(k)
+
+    selector = Selector("spy", "keeps the first", frozenset({need}), spy)
+    monkeypatch.setitem(registry().selectors, "spy", selector)
+    qwen = lab("qwen-gqa")
+    model = qwen.model(attn_implementation="eager")
+    alive = []
+    model.get_decoder().layers[2].mlp.register_forward_hook(
+        lambda *_: alive.append(read[0]() is not None)
+    )
+    with torch.no_grad(), enable(model, POLICY):
+        model(**qwen.encode([qwen.picture(0), "what is it?"]))
+    assert alive == [False]
 
 
 def test_a_session_loads_what_such_a_method_needs(lab, given):

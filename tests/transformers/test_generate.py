@@ -1,15 +1,20 @@
-"""Pruned generation: batches, turns, caches, dtypes, decoding methods."""
+"""Pruned generation: batches, turns, caches, dtypes, decoding methods, compiled models, losses."""
 
 import copy
+import threading
 from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, TextIteratorStreamer
 
 from ep_backends.transformers import enable
 from ep_backends.transformers.backend import TransformersBackend
+from ep_core import EntropyPruneError, UnsupportedError
+
+from .compiling import WAYS_TO_COMPILE
+from .layouts import in_rows
 
 POLICY = "layer=2,keep=0.3,method=released"
 TOLERANCE = 1e-4
@@ -123,6 +128,39 @@ def test_a_left_padded_batch_equals_each_prompt_alone(family, model, method):
             assert_close(logits(together)[i], logits(alone)[0], f"prompt {i} in a batch and alone")
     assert records[2].reason is not None
     assert all(records[i].reason is None for i in (0, 1, 3))
+
+
+def equal_lengths(family):
+    """Two prompts of the same length, with one picture and with two, each alone."""
+    prompts = [
+        family.encode([family.picture(0), "what?"]),
+        family.encode([family.picture(0), "and", family.picture(3), "which is larger?"]),
+    ]
+    short, long = prompts
+    filler = long["input_ids"].shape[1] - short["input_ids"].shape[1]
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if key in short:
+            end = short[key][:, -1:]  # text in each of them
+            short[key] = torch.cat([short[key], end.expand(-1, filler)], dim=1)
+    return prompts
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_prompts_of_equal_length_that_keep_different_numbers(family, model, masked):
+    """No row is padded, so layers < K need no mask; layers >= K pad the row that keeps less."""
+    prompts = equal_lengths(family)
+    batch = {key: torch.cat([prompt[key] for prompt in prompts]) for key in prompts[0]}
+    if not masked:
+        del batch["attention_mask"]
+    with enable(model, POLICY) as pruning, torch.no_grad():
+        together, records = model(**batch).logits[:, -1], pruning.records
+        for i, prompt in enumerate(prompts):
+            assert_close(together[i], model(**prompt).logits[0, -1], f"prompt {i}")
+        output = run(model, batch)
+        for i, prompt in enumerate(prompts):
+            assert_close(logits(output)[i], logits(run(model, prompt))[0], f"answer {i}")
+    dropped = [sum(s.stop - s.start - len(s.kept) for s in record.spans) for record in records]
+    assert dropped[0] != dropped[1], "the case does not pad"
 
 
 def test_right_padding_and_output_shape_in_a_plain_forward(family, model):
@@ -334,7 +372,7 @@ def test_counters_add_up(family, model):
 def test_a_pass_that_fails_leaves_nothing_behind(family, model):
     inputs = family.encode([family.picture(0), "what?"])
     other = family.encode(["text only"])
-    with enable(model, POLICY):
+    with enable(model, POLICY) as pruning:
         expected, plain = run(model, inputs), run(model, other)
 
         def fail(*_: Any) -> None:
@@ -344,8 +382,193 @@ def test_a_pass_that_fails_leaves_nothing_behind(family, model):
         with pytest.raises(RuntimeError, match="planted"):
             run(model, inputs)
         handle.remove()
+        assert pruning.records == [], "records of a call before"
         assert torch.equal(logits(run(model, other)), logits(plain)), "a stale plan was applied"
         assert torch.equal(logits(run(model, inputs)), logits(expected))
+
+
+def test_the_decoder_called_by_itself_says_why_it_prunes_nothing(family, model):
+    inputs = family.encode([family.picture(0), "what?"], [family.picture(1), "what?"])
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        plain = model.get_decoder()(input_ids=ids).last_hidden_state
+        with enable(model, POLICY) as pruning:
+            run(model, inputs)
+            again = model.get_decoder()(input_ids=ids).last_hidden_state
+            records = pruning.records
+    assert torch.equal(plain, again)
+    assert [record.spans for record in records] == [(), ()]
+    assert {record.reason for record in records} == {
+        "the engine does not say where the pictures are in the prompt: the decoder was called by "
+        "itself"
+    }
+    assert pruning.counters.requests_unpruned.total() == 2
+
+
+@pytest.mark.parametrize("compiled", WAYS_TO_COMPILE)
+@pytest.mark.filterwarnings("ignore::UserWarning:torch._dynamo")
+def test_a_model_may_be_compiled_after_enable(lab, compiled):
+    family = lab("llava")
+    model = family.model()
+    inputs = family.encode([family.picture(0), "what?"])
+    plain = new_tokens(run(model, inputs), inputs)
+    with enable(model, POLICY) as pruning:
+        expected, records = new_tokens(run(model, inputs), inputs), pruning.records
+    assert expected != plain
+    with enable(model, POLICY) as pruning:
+        compiled(model)
+        assert new_tokens(run(model, inputs), inputs) == expected
+        assert pruning.records == records
+    assert new_tokens(run(model, inputs), inputs) == plain
+
+
+def test_one_who_streams_sees_the_records(lab):
+    """As transformers' guide to TextIteratorStreamer does it: `generate` in a thread of its own."""
+    family = lab("llava")
+    model = family.model()
+    inputs = family.encode([family.picture(0), "what?"])
+    with enable(model, POLICY) as pruning:
+        for _ in range(2):
+            streamer = TextIteratorStreamer(
+                family.processor.tokenizer, skip_prompt=True, timeout=60
+            )
+            options = {"max_new_tokens": 4, "streamer": streamer}
+            thread = threading.Thread(target=model.generate, kwargs=inputs | options)
+            thread.start()
+            for _ in streamer:
+                (record,) = pruning.records
+            thread.join()
+            assert pruning.records == [record]
+        run(model, inputs)
+        assert pruning.records == [record]
+    assert record.reason is None
+
+
+def test_a_thread_that_prunes_sees_its_own_records(lab):
+    family = lab("llava")
+    model = family.model()
+    with enable(model, POLICY) as pruning:
+        run(model, family.encode([family.picture(0), "what?"]))
+        own = pruning.records
+        other = family.encode(["no picture"])
+        thread = threading.Thread(target=run, args=(model, other))
+        thread.start()
+        thread.join()
+        assert pruning.records == own
+        assert own[0].reason is None
+
+
+def labels_of(inputs, model):
+    """A label for each token of text, none for pictures, what stands behind them, and padding."""
+    ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+    image = ids == model.config.image_token_id
+    first = real & (real.cumsum(dim=1) == 1)
+    behind = image.roll(1, dims=1)
+    return ids.masked_fill(image | behind | first | ~real, -100)
+
+
+@pytest.mark.parametrize("messages", [1, 2])
+def test_an_evaluation_loss_is_the_mean_over_the_labels(family, model, messages):
+    parts = [
+        [family.picture(0), "what?"],
+        [family.picture(1), "and", family.picture(2), "which of these two is larger?"],
+    ]
+    inputs = family.encode(*parts[:messages])
+    labels = labels_of(inputs, model)
+    with torch.no_grad(), enable(model, POLICY):
+        output = model(**inputs, labels=labels)
+    kept = labels[:, 1:] != -100
+    chosen = (
+        output.logits[:, :-1][kept]
+        .log_softmax(-1)
+        .take_along_dim(labels[:, 1:][kept][:, None], dim=1)
+    )
+    assert len(chosen) > 5
+    assert abs(float(output.loss) + float(chosen.mean())) < 1e-5, "another mean"
+
+
+@pytest.mark.parametrize(
+    ("place", "shift"), [("behind", 1), ("inside", 0)], ids=["behind a picture", "of a picture"]
+)
+def test_a_label_that_a_dropped_token_predicts_is_refused(family, model, place, shift):
+    inputs = family.encode([family.picture(0), "what?"], [family.picture(1), "what is it?"])
+    labels = labels_of(inputs, model)
+    image = inputs["input_ids"] == model.config.image_token_id
+    for row in range(2):
+        labels[row, int(image[row].nonzero().max()) + shift] = 5
+    with torch.no_grad(), enable(model, POLICY) as pruning:
+        with pytest.raises(UnsupportedError, match=r"without a prediction: 2,.*-100") as caught:
+            model(**inputs, labels=labels)
+        assert "\n" not in str(caught.value)
+        model(**inputs)
+        assert pruning.records[0].reason is None
+    with torch.no_grad(), enable(model, "layer=2,keep=1.0"):
+        assert model(**inputs, labels=labels).loss.isfinite(), "nothing is dropped here"
+
+
+def test_a_label_that_padding_predicts_is_refused(family, model):
+    inputs = family.encode([family.picture(0), "what?"], ["none"])
+    labels = labels_of(inputs, model)
+    start = int(inputs["attention_mask"][1].argmax())
+    assert start > 0
+    labels[1, start] = 5
+    with torch.no_grad(), enable(model, POLICY):
+        with pytest.raises(UnsupportedError, match="labels without a prediction: 1,"):
+            model(**inputs, labels=labels)
+        labels[1, start] = -100
+        assert model(**inputs, labels=labels).loss.isfinite()
+
+
+def test_grids_of_pictures_come_from_the_processor(family, model):
+    messages = [
+        [family.picture(0), "what?"],
+        [family.picture(1), "and", family.picture(2), "which is larger?"],
+    ]
+    inputs = family.encode(*messages)
+    with torch.no_grad(), enable(model, POLICY) as pruning:
+        model(**inputs)
+        spans = [span for record in pruning.records for span in record.spans]
+        run(model, inputs, steps=2)
+        assert spans == [span for record in pruning.records for span in record.spans]
+    if "image_grid_thw" in inputs:
+        assert [span.grid for span in spans] == [
+            (rows // 2, columns // 2) for _, rows, columns in inputs["image_grid_thw"].tolist()
+        ]
+        assert all(span.grid[0] * span.grid[1] == span.stop - span.start for span in spans)
+    else:
+        assert {span.grid for span in spans} == {None}
+
+
+@pytest.mark.parametrize("method", ["released", "set-entropy"])
+def test_separators_between_the_rows_of_a_picture_stay(family, model, method):
+    messages = [[family.picture(0), "what?"], [family.picture(1), family.picture(2), "longer one"]]
+    batch = family.encode(*messages)
+    with enable(model, f"layer=2,keep=3,method={method}") as pruning, torch.no_grad():
+        in_rows(pruning, 3)
+        together, records = model(**batch).logits, pruning.records
+        for i, message in enumerate(messages):
+            alone = model(**family.encode(message)).logits[0]
+            assert records[i] == pruning.records[0]
+            stays = torch.ones(len(alone), dtype=torch.bool)
+            for span in records[i].spans:
+                offsets = torch.arange(span.stop - span.start)
+                stays[span.start : span.stop] = offsets % 4 == 3
+                assert all(offset % 4 < 3 for offset in span.kept)
+                stays[[span.start + offset for offset in span.kept]] = True
+            assert torch.equal(~alone.isnan().any(dim=1), stays)
+            assert_close(together[i, -len(alone) :][stays], alone[stays], f"prompt {i}")
+
+
+def test_a_session_refuses_a_text_with_a_place_for_a_picture(family):
+    from ep_core.backend import Request
+
+    token = family.processor.image_token
+    request = Request((family.picture(0), f"what is {token}?"), 2)
+    with (
+        TransformersBackend().open(family.path, None, dtype="float32") as session,
+        pytest.raises(EntropyPruneError, match="the text contains"),
+    ):
+        session.generate([request])
 
 
 def test_session_answers_requests_of_different_lengths(lab):

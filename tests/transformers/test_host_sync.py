@@ -9,12 +9,8 @@ from transformers import DynamicCache
 
 from ep_backends.transformers import enable
 from ep_core import kernels
-from ep_core.plugins import registry
-from ep_core.spans import VisualSpan, select, staying
 
-from ..host_sync import KERNELS, NoWaiting  # noqa: TID252 # tests are no installed package
-
-METHODS = ["released", "rows", "trace", "set-entropy"]
+from ..host_sync import KERNELS, NoWaiting, OneDevice  # noqa: TID252 # no installed package
 
 
 @pytest.fixture(autouse=True)
@@ -42,62 +38,96 @@ def test_what_waits_is_noticed(wait, noticed):
         wait(torch.ones(3, device="meta"))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_selection_does_not_wait(method):
-    with NoWaiting(), torch.device("meta"):
-        spans = [VisualSpan(2, 20), VisualSpan(21, 30)]
-        kept = select(
-            registry().selector(method),
-            spans,
-            [5, 9],
-            queries=torch.empty(40, 4, 8, dtype=torch.bfloat16),
-            hidden=torch.empty(40, 32, dtype=torch.bfloat16),
-        )
-        assert [own.shape for own in kept] == [(5,), (9,)]
-        assert staying(40, spans, kept).device.type == "meta"
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x, other: x + other,
+        lambda x, other: x[other.long()],
+        lambda x, other: x.index_copy_(0, other.long(), x),
+        lambda x, other: torch.cat([x, other]),
+    ],
+)
+def test_what_mixes_devices_is_noticed(mix):
+    with pytest.raises(AssertionError, match="mixes"), OneDevice():
+        mix(torch.ones(3, device="meta"), torch.arange(3.0))
+
+
+MESSAGES = {
+    "one row": [["what is it?", 0]],
+    "equal rows": [["what is it?", 0]] * 2,
+    "padded rows": [["what is it?", 0], ["and of these", 1, "which one is larger?", 2]],
+}
 
 
 @pytest.mark.parametrize("method", ["released", "set-entropy"])
-@pytest.mark.parametrize("rows", [1, 2])
-def test_a_conversation_does_not_wait(family, method, rows):
+@pytest.mark.parametrize("messages", MESSAGES)
+def test_a_conversation_does_not_wait(family, method, messages):
     """Prompt, answer and next turn in the decoder: plans are made on the host, the rest on meta."""
     model = family.model()
-    batch = family.encode(*[["what is it?", family.picture(0)]] * rows)
+    parts = [
+        [family.picture(part) if isinstance(part, int) else part for part in message]
+        for message in MESSAGES[messages]
+    ]
+    batch = family.encode(*parts)
+    rows, prompt = batch["input_ids"].shape
     decoder, cache = model.get_decoder().to("meta"), DynamicCache(config=model.get_decoder().config)
     text = batch["input_ids"][:, -3:]
-    passes = [batch, {"input_ids": text[:, :1]}, {"input_ids": text[:, :1]}, {"input_ids": text}]
+    shown = batch["attention_mask"]
     seen, held = 0, 0
     with enable(model, f"layer=2,keep=4,method={method}") as pruning:
-        for inputs in passes:
-            tokens = inputs["input_ids"].shape[1]
-            pruning._before_model(model.base_model, (), {**inputs, "past_key_values": cache})
-            planned = pruning._local.planned
-            planned.real = planned.real.to("meta")
+        for ids in (batch["input_ids"], text[:, :1], text[:, :1], text):
+            tokens = ids.shape[1]
+            mask = torch.cat([shown, torch.ones(rows, seen + tokens - shown.shape[1])], 1)[
+                :, : seen + tokens
+            ]
+            given = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+            pruning._before_base(model.base_model, (), given)
+            planned = pruning._thread.planned
+            planned.shown = planned.shown.to("meta")
             embedded = torch.empty(rows, tokens, decoder.config.hidden_size, device="meta")
+            # a mask that is ready: transformers looks whether one hides anything, which waits
+            ready = None
+            if messages == "padded rows":
+                ready = torch.empty(rows, 1, tokens, seen + tokens, device="meta")
             with NoWaiting():
-                output = decoder(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
+                output = decoder(
+                    inputs_embeds=embedded,
+                    attention_mask=ready,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
             assert output.last_hidden_state.shape == embedded.shape
-            seen, held = seen + tokens, held + (planned.held or tokens)
+            new = tokens if planned.cut is None else max(planned.cut.lengths)
+            seen, held = seen + tokens, held + new
             lengths = [layer.keys.shape[2] for layer in cache.layers]
             assert lengths == [seen] * 2 + [held] * (len(lengths) - 2)
+    assert held < seen == prompt + 5
 
 
 @pytest.mark.parametrize("first", [1, 2, 3])
-def test_layers_may_lie_on_several_devices(family, first):
+@pytest.mark.parametrize("messages", ["equal rows", "padded rows"])
+def test_layers_may_lie_on_several_devices(family, first, messages):
     """Layers from `first` on move what they get to their device, as those that accelerate spreads
-    do; pruned are layers >= 2."""
+    do; pruned are layers >= 2. Nothing may be left behind on another device."""
     model = family.model()
-    batch = family.encode(*[["what is it?", family.picture(0)]] * 2)
+    parts = [
+        [family.picture(part) if isinstance(part, int) else part for part in message]
+        for message in MESSAGES[messages]
+    ]
+    batch = family.encode(*parts)
     decoder = model.get_decoder()
     for part in (*decoder.layers[first:], decoder.norm):
         part.to("meta").forward = functools.partial(_moved, part.forward)
     cache = DynamicCache(config=decoder.config)
     embedded = torch.zeros(*batch["input_ids"].shape, decoder.config.hidden_size)
     with enable(model, "layer=2,keep=4,method=set-entropy") as pruning:
-        pruning._before_model(model.base_model, (), {**batch, "past_key_values": cache})
-        output = decoder(
-            inputs_embeds=embedded, attention_mask=batch["attention_mask"], past_key_values=cache
-        )
+        pruning._before_base(model.base_model, (), {**batch, "past_key_values": cache})
+        with OneDevice():
+            output = decoder(
+                inputs_embeds=embedded,
+                attention_mask=batch["attention_mask"],
+                past_key_values=cache,
+            )
     assert output.last_hidden_state.shape == embedded.shape
     assert cache.layers[2].keys.shape[2] < embedded.shape[1]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ep_backends.transformers.processor import load_processor
-from ep_core.pictures import read_picture
+from ep_backends.shared.pictures import read_picture
+from ep_backends.shared.processor import load_processor
 
 
 def split(folder: Path) -> None:

@@ -1,16 +1,23 @@
 """What cannot be pruned is refused by name, or runs unpruned and says why."""
 
 import copy
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
-from ep_backends.transformers import enable
+from ep_backends import transformers as package
+from ep_backends.transformers import enable, ledger
 from ep_backends.transformers.backend import TransformersBackend
 from ep_core import BudgetError, PluginError, PolicyError, PruningPolicy, UnsupportedError
+
+from .compiling import WAYS_TO_COMPILE
 
 POLICY = "layer=2,keep=0.3"
 
@@ -185,15 +192,60 @@ def test_a_pruned_cache_is_not_continued_by_the_decoder_alone(qwen, qwen_model):
             qwen_model.get_decoder()(input_ids=torch.tensor([[5]]), past_key_values=cache)
 
 
+@pytest.mark.parametrize("tail", [[5], [5, 6, 7]])
+def test_a_pruned_cache_is_refused_once_pruning_is_off(qwen, qwen_model, tail):
+    inputs = qwen.encode([qwen.picture(0), "what?"])
+    with enable(qwen_model, POLICY):
+        cache = prefilled(qwen_model, inputs)
+    with torch.no_grad(), pytest.raises(UnsupportedError, match="pruned prompt, and pruning is of"):
+        qwen_model(input_ids=torch.tensor([tail]), past_key_values=cache)
+
+
+def test_a_users_cache_keeps_its_layers(lab):
+    """Layer K of the list is another one; the layer that was there is as it was."""
+    llava = lab("llava")
+    model = llava.model()
+    cache = DynamicCache(config=model.get_decoder().config)
+    text = llava.encode(["hello"])
+    with torch.no_grad():
+        model(**text, past_key_values=cache)
+    layers, keys = list(cache.layers), cache.layers[2].keys
+    inputs = llava.encode([llava.picture(0), "what?"])
+    inputs["attention_mask"] = torch.cat([text["attention_mask"], inputs["attention_mask"]], 1)
+    with enable(model, POLICY), torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    assert {type(layer) for layer in layers} == {DynamicLayer}
+    assert torch.equal(layers[2].keys, keys)
+
+
+def emptied(cache):
+    for layer in cache.layers:  # Cache.reset keeps the length of a dynamic layer up to 5.17
+        layer.keys = layer.values = None
+        layer.is_initialized = False
+    return cache
+
+
+def test_a_pruned_cache_that_is_emptied_is_like_a_new_one(qwen, qwen_model):
+    inputs = qwen.encode([qwen.picture(0), "what?"])
+    tail = torch.tensor([[5]])
+    answers = []
+    with torch.no_grad():
+        with enable(qwen_model, POLICY):
+            used = prefilled(qwen_model, inputs)
+        for cache in (DynamicCache(config=qwen_model.get_decoder().config), emptied(used)):
+            first = qwen_model(**inputs, past_key_values=cache).logits
+            cache.crop(-1)
+            answers.append((first, qwen_model(input_ids=tail, past_key_values=cache).logits))
+    assert torch.equal(answers[0][0], answers[1][0])
+    assert torch.equal(answers[0][1], answers[1][1])
+
+
 def test_a_reset_cache_starts_anew(qwen, qwen_model):
     inputs = qwen.encode([qwen.picture(0), "what?"])
     with enable(qwen_model, POLICY), torch.no_grad():
         cache = prefilled(qwen_model, inputs)
         fresh = qwen_model(**inputs).logits[0, -1]
-        for layer in cache.layers:  # Cache.reset keeps the length of a dynamic layer up to 5.17
-            layer.keys = layer.values = None
-            layer.is_initialized = False
-        again = qwen_model(**inputs, past_key_values=cache, use_cache=True).logits[0, -1]
+        again = qwen_model(**inputs, past_key_values=emptied(cache), use_cache=True).logits[0, -1]
     assert torch.equal(fresh, again)
 
 
@@ -314,6 +366,85 @@ def test_a_second_policy_on_the_same_decoder_is_refused(qwen_model):
         enable(qwen_model.base_model, POLICY)
 
 
+class Wrapped(torch.nn.Module):
+    """What a library puts in the place of a module, with the module inside."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, *args, **kwargs):
+        return self.inside(*args, **kwargs)
+
+
+class Adapter(Wrapped):
+    """An adapter that stands in the place of a linear layer and adds to its output."""
+
+    def forward(self, x):
+        return self.inside(x) + 0.5 * self.inside(x).roll(7, dims=-1)
+
+
+def replace_at(root, path, make):
+    parent, _, name = path.rpartition(".")
+    owner = root.get_submodule(parent)
+    setattr(owner, name, make(owner.get_submodule(name)))
+
+
+@pytest.mark.parametrize("make", [Wrapped, copy.copy], ids=["wrapped", "another"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "model",
+        "model.language_model",
+        "model.language_model.layers.1",
+        "model.language_model.layers.1.self_attn",
+        "model.language_model.layers.1.self_attn.q_proj",
+        "model.language_model.layers.2",
+        "model.language_model.layers.3",
+    ],
+)
+def test_a_module_that_is_replaced_after_enable_is_noticed(qwen, path, make):
+    model = qwen.model()
+    inputs = qwen.encode([qwen.picture(0), "what?"])
+    with enable(model, POLICY):
+        model.generate(**inputs, max_new_tokens=2)
+        if make is copy.copy:  # without hooks
+            fresh = qwen.model().get_submodule(path)
+            replace_at(model, path, lambda _: fresh)
+        else:
+            replace_at(model, path, make)
+        with pytest.raises(UnsupportedError, match="replaced after pruning was enabled") as caught:
+            model(**inputs)
+        with pytest.raises(UnsupportedError, match=r"disable pruning and enable it again"):
+            model.generate(**inputs, max_new_tokens=2)
+    named = path.removeprefix("model").removeprefix(".language_model").removeprefix(".")
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_is_noticed_when_it_comes_and_when_it_goes(qwen):
+    """Of a method that reads queries; others read nothing of what an adapter replaces."""
+    model = qwen.model()
+    inputs = qwen.encode([qwen.picture(0), "what?"])
+    projections = [f"model.language_model.layers.{i}.self_attn.q_proj" for i in range(4)]
+    with torch.no_grad():
+        with enable(model, "layer=2,keep=4,method=set-entropy") as pruning:
+            before = model(**inputs).logits
+            for path in projections:
+                replace_at(model, path, Adapter)
+            adapted, records = model(**inputs).logits, pruning.records
+        with enable(model, "layer=2,keep=4,method=set-entropy") as pruning:
+            assert torch.equal(model(**inputs).logits.nan_to_num(), adapted.nan_to_num())
+            assert pruning.records == records
+        with enable(model, POLICY):
+            model(**inputs)
+            for path in projections:
+                replace_at(model, path, lambda adapter: adapter.inside)
+            with pytest.raises(UnsupportedError, match=r"layers\.1\.self_attn\.q_proj was replac"):
+                model(**inputs)
+    assert not torch.equal(before.nan_to_num(), adapted.nan_to_num())
+
+
 def test_a_failing_enable_leaves_nothing_behind(qwen):
     model = qwen.model()
     del model.get_decoder().layers[1].self_attn.q_proj
@@ -415,13 +546,59 @@ def test_threads_do_not_mix(lab):
     assert seen == 8 + 32
 
 
-def test_a_model_compiled_before_enable_is_refused(lab):
-    llava = lab("llava")
-    model = llava.model()
-    inputs = llava.encode([llava.picture(0), "what?"])
-    compiled = torch.compile(model.get_decoder(), backend="eager")
-    model.base_model.language_model = compiled
-    with torch.no_grad():
-        model(**inputs)
-        with enable(model, POLICY), pytest.raises(UnsupportedError, match=r"before torch\.compile"):
-            model(**inputs)
+@pytest.mark.parametrize("compiled", WAYS_TO_COMPILE)
+def test_a_model_compiled_before_enable_is_refused(lab, compiled):
+    model = lab("llava").model()
+    compiled(model)
+    with pytest.raises(UnsupportedError, match=r"compiled.* before torch\.compile"):
+        enable(model, POLICY)
+
+
+def test_a_compiled_vision_tower_is_no_obstacle(lab):
+    model = lab("llava").model()
+    model.model.vision_tower.compile(backend="eager")
+    enable(model, POLICY).disable()
+
+
+def test_what_is_overridden_is_in_the_ledger():
+    """Of every class of this backend that inherits from one of transformers'."""
+    modules = [
+        import_module(f"{package.__name__}.{file.name}") for file in iter_modules(package.__path__)
+    ]
+    classes = {
+        own
+        for module in modules
+        for own in vars(module).values()
+        if isinstance(own, type) and own.__module__ == module.__name__
+    }
+    overridden = [
+        f"{host.__module__}:{host.__qualname__}.{name}"
+        for own in classes
+        for host in own.__bases__
+        if host.__module__.startswith("transformers")
+        for name in vars(own)
+        if hasattr(host, name) and not name.startswith("_")
+    ]
+    assert "transformers.cache_utils:DynamicLayer.update" in overridden
+    assert set(overridden) <= {point.target for point in ledger.POINTS}
+
+
+def test_every_point_fits_the_installed_transformers():
+    assert {status.state for status in TransformersBackend().probe()} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("installed", "warned"),
+    [("5.16.9", True), ("5.17.0", False), ("5.23.4", False), ("5.24.0.dev0", True)],
+)
+def test_a_version_that_was_never_tested_is_named_once(qwen_model, monkeypatch, installed, warned):
+    monkeypatch.setattr(ledger, "version", lambda name: installed)
+    ledger.warn_of_untested_version.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            enable(qwen_model, POLICY).disable()
+    ledger.warn_of_untested_version.cache_clear()
+    told = [str(one.message) for one in caught if "never tested" in str(one.message)]
+    assert len(told) == int(warned)
+    assert all(f"transformers {installed}" in line and "5.17.0 to 5.23" in line for line in told)

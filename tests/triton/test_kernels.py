@@ -19,9 +19,10 @@ import triton
 from ep_conformance.selection_cases import stored_cases, stored_tensors
 from ep_core.entropy import NORMALIZATIONS, cosine_gram, matrix_entropy
 from ep_core.kernels import cuda
+from ep_core.kernels.reference import greedy_renyi2 as greedy_renyi2_torch
 from ep_core.kernels.triton_greedy import greedy_renyi2
 from ep_core.kernels.triton_scorer import matrix_entropy as fused
-from ep_core.selectors import greedy_renyi2_torch, top_k
+from ep_core.selectors import top_k
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(2, 32, 128), (1, 64, 256), (2, 28, 80), (4, 9, 17), (3, 2, 1)]

@@ -6,32 +6,38 @@ import asyncio
 import contextlib
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
 
-from ep_backends.budgets import KEY, wish_of
-from ep_backends.selection import select
-from ep_core.backend import Answer, Capabilities, KVSlots, Request, Serving, check_placement
+from ep_backends.lmdeploy.attached import SequenceState, state_in
+from ep_backends.lmdeploy.families import FAMILIES
+from ep_backends.lmdeploy.settings import EnginePolicy, LMDeploySettings
+from ep_backends.shared.pictures import read_picture
+from ep_backends.shared.requests import FIELD, session_wish
+from ep_core.backend import (
+    Answer,
+    Backend,
+    Capabilities,
+    KVSlots,
+    Request,
+    Serving,
+    Session,
+    check_placement,
+)
 from ep_core.checkpoint import read_config
 from ep_core.errors import EntropyPruneError, UnsupportedError
 from ep_core.patching import PointStatus, check_point
-from ep_core.pictures import read_picture
-from ep_core.plugins import registry
-from ep_core.policy import PruningPolicy, no_policy_in_environment
-from ep_core.report import SpanRecord
+from ep_core.plan import Reason, RequestPlan
+from ep_core.policy import PruningPolicy
+from ep_core.report import RequestRecord
 
-if TYPE_CHECKING:
-    from ep_backends.lmdeploy.prefill import Held
-
-NO_PICTURES = "the prompt has no visual tokens"
 RESERVED_BLOCKS = 2  # one for padding, one that LMDeploy leaves out of a prompt's longest length
-PLACEHOLDER = "<IMAGE_TOKEN>"  # where LMDeploy puts a picture's tokens into a prompt
 
 # without a GPU: one of a size that a test can fill
 CPU_ARGUMENTS: dict[str, Any] = {
@@ -42,7 +48,7 @@ CPU_ARGUMENTS: dict[str, Any] = {
 }
 
 
-class LMDeployBackend:
+class LMDeployBackend(Backend):
     """LMDeploy's PyTorch engine, in this process."""
 
     capabilities = Capabilities(
@@ -67,12 +73,23 @@ class LMDeployBackend:
 
     def probe(self) -> Sequence[PointStatus]:
         """Check each attach point against the installed LMDeploy."""
-        from ep_backends.lmdeploy.ledger import POINTS
+        from ep_backends.lmdeploy.ledger import points
 
-        return [check_point(point) for point in POINTS]
+        return [check_point(point) for point in points()]
 
-    # as the hooks do: each picture's tokens apart
-    select = staticmethod(select)
+    def select(
+        self,
+        method: str,
+        plan: RequestPlan,
+        *,
+        queries: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+        device: str = "cpu",
+    ) -> list[list[int]]:
+        """Drive the hooks of a decoder with these tensors."""
+        from ep_backends.lmdeploy.selection import select
+
+        return select(method, plan, queries=queries, hidden=hidden, device=device)
 
     def server_command(self, arguments: Sequence[str]) -> list[str]:
         """LMDeploy's own command line, such as `serve api_server MODEL --backend pytorch`."""
@@ -102,20 +119,28 @@ class LMDeployBackend:
 
 
 @dataclass
-class _Seen:
-    """What is heard of a request while it runs."""
+class _Running:
+    """What is heard of a request while it runs.
+
+    Attributes:
+        prompt_tokens: length of its prompt.
+        plan: of its prompt; None without pictures or without a policy.
+        ids, logprobs: of the answer so far.
+        state: after its last pass.
+        blocks: that its prompt held.
+        scheduled: how often the engine took it up.
+    """
 
     prompt_tokens: int
-    pictures: list[dict[str, Any]]
-    reason: str | None
+    plan: RequestPlan | None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    held: Held | None = None  # of its last prefill
-    blocks: int = 0  # that its prompt held
+    state: SequenceState = field(default_factory=SequenceState)
+    blocks: int = 0
     scheduled: int = 0
 
 
-class LMDeploySession:
+class LMDeploySession(Session):
     """A running engine; see `ep_core.backend.Session`."""
 
     def __init__(
@@ -128,22 +153,18 @@ class LMDeploySession:
         arguments: Mapping[str, Any],
     ) -> None:
         config = read_config(model)
-        family = registry().family(config["model_type"])
         _check_device(device)
         check_placement(device, dtype)
         from lmdeploy import PytorchEngineConfig, pipeline
 
-        from ep_backends.lmdeploy.kv import kv_ratio
-        from ep_backends.lmdeploy.plugin import activate
-        from ep_backends.transformers.processor import load_processor
+        from ep_backends.lmdeploy.ledger import IN_SESSIONS, check_points
+        from ep_backends.lmdeploy.plugin import activate, is_active
 
-        self._processor = load_processor(model)
-        self._pruned = policy is not None
-        self._ratio = 1
+        check_points(IN_SESSIONS)
+        self._settings = None
         if policy is not None:
-            shape = family.decoder(config).shape
-            policy = policy.at_layer(family.default_layer, shape.layers)
-            self._ratio = kv_ratio(policy, shape.layers)
+            self._settings = LMDeploySettings.of(policy, config, details=True)
+        self._ratio = 1 if self._settings is None else self._settings.ratio
         given = {**(CPU_ARGUMENTS if device == "cpu" else {}), **arguments}
         engine_config = PytorchEngineConfig(**given)
         if serving.prefill_chunk is not None:
@@ -155,15 +176,20 @@ class LMDeploySession:
         engine_config.dtype = dtype or "auto"  # float32 is refused as an argument only
         if policy is not None:
             activate()
-            engine_config.hf_overrides = (engine_config.hf_overrides or {}) | {KEY: str(policy)}
-        with no_policy_in_environment():
-            self.pipeline = pipeline(str(model), backend_config=engine_config, log_level="ERROR")
+        if is_active():  # the session's word goes before the environment's and before activate()'s
+            said = EnginePolicy(policy or "", details=True)
+            engine_config.hf_overrides = (engine_config.hf_overrides or {}) | {FIELD: said}
+        self.pipeline = pipeline(str(model), backend_config=engine_config, log_level="ERROR")
         self._engine = self.pipeline.async_engine
-        self._seen: dict[int, _Seen] = {}
+        self._running: dict[int, _Running] = {}
         strategy = self._engine.engine.seq_strategy
         strategy.update_running = partial(self._watch, strategy.update_running)
-        # LMDeploy's own templates move a LLaVA prompt's pictures to its front
-        self._engine.vl_encoder.model.to_pytorch = self._to_pytorch
+        family = FAMILIES.get(config["model_type"])
+        self._processor = None
+        if family is not None and family.moves_pictures:
+            from ep_backends.shared.processor import load_processor
+
+            self._processor = load_processor(model)
 
     def __enter__(self) -> Self:
         return self
@@ -186,10 +212,6 @@ class LMDeploySession:
         total = config.num_gpu_blocks - config.num_reserved_gpu_blocks
         return int((total - free) * config.block_size)
 
-    def layer_entropies(self, request: Request) -> NoReturn:
-        """Not offered: hidden states of every layer do not leave the engine."""
-        raise UnsupportedError("backend 'lmdeploy' cannot measure layers; use transformers")
-
     def _run(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self.pipeline.internal_thread.loop).result()
 
@@ -197,8 +219,10 @@ class LMDeploySession:
         # one that is refused does not take the others' answers along
         return await asyncio.gather(*map(self._ask, requests), return_exceptions=True)
 
-    async def _ask(self, request: Request) -> _Seen:
+    async def _ask(self, request: Request) -> _Running:
         from lmdeploy import GenerationConfig
+
+        from ep_backends.lmdeploy.requests import plan_of
 
         greedy = GenerationConfig(
             max_new_tokens=request.max_new_tokens,
@@ -207,31 +231,26 @@ class LMDeploySession:
             include_stop_str_in_output=True,
         )
         session = self._engine.session_mgr.get()
-        messages = [{"role": "user", "content": self._parts(request)}]
-        has_picture = any(isinstance(part, Path) for part in request.content)
+        messages, as_tokens = self._messages(request)
         prepared = await self._engine.preprocess(
-            messages if has_picture else self._prompt(messages),
-            session,
-            gen_config=greedy,
-            do_preprocess=has_picture,
+            messages, session, gen_config=greedy, do_preprocess=not as_tokens
         )
-        pictures = prepared.inputs.get("multimodal") or []
-        seen = _Seen(prepared.input_token_len, pictures, prepared.inputs.get(KEY))
-        self._seen[session.session_id] = seen
+        running = _Running(prepared.input_token_len, plan_of(prepared))
+        self._running[session.session_id] = running
         try:
             async with contextlib.aclosing(self._engine.generate(prepared)) as outputs:
                 async for output in outputs:
                     ids = output.token_ids or []
-                    seen.ids += ids
-                    seen.logprobs += [
+                    running.ids += ids
+                    running.logprobs += [
                         found[token]
                         for token, found in zip(ids, output.logprobs or (), strict=False)
                     ]
-                    if len(seen.ids) >= (request.leave_after or math.inf):
+                    if len(running.ids) >= (request.leave_after or math.inf):
                         break
         finally:
-            del self._seen[session.session_id]
-        return seen
+            del self._running[session.session_id]
+        return running
 
     def _watch(self, update: Any, *, running: Any, **step: Any) -> None:
         """Around the engine's own book-keeping after a pass: what it knows of each sequence.
@@ -242,77 +261,87 @@ class LMDeploySession:
 
         update(running=running, **step)
         for sequence in running:
-            seen = self._seen.get(sequence.session_id)
-            if seen is not None:
-                seen.held = (sequence.model_meta or {}).get(KEY, seen.held)
-                seen.blocks = seen.blocks or len(sequence.logical_blocks)
+            known = self._running.get(sequence.session_id)
+            if known is not None:
+                # a preempted sequence has none until it is computed again
+                if sequence.model_meta is not None:
+                    known.state = state_in(sequence.model_meta)
+                known.blocks = known.blocks or len(sequence.logical_blocks)
                 events = [event.type for event in sequence.engine_events]
-                seen.scheduled = events.count(EventType.SCHEDULED)
+                known.scheduled = events.count(EventType.SCHEDULED)
 
-    def _parts(self, request: Request) -> list[dict[str, Any]]:
-        """A message's parts as LMDeploy takes them, and what each picture asks of pruning."""
-        wish = wish_of(request, self._pruned)
-        return [
+    def _messages(self, request: Request) -> tuple[list[dict[str, Any]], bool]:
+        """A request as LMDeploy takes it; is its prompt token ids already?"""
+        wish = session_wish(request, self._settings is not None)
+        pictures = any(isinstance(part, Path) for part in request.content)
+        parts: list[dict[str, Any]] = [
             {"type": "text", "text": part}
             if isinstance(part, str)
-            else {"type": "image_data", "image_data": {"data": read_picture(part), KEY: wish}}
+            else {"type": "image_data", "image_data": {"data": read_picture(part), FIELD: wish}}
             for part in request.content
         ]
+        as_tokens = pictures and self._processor is not None
+        if as_tokens:
+            images = [part for part in parts if part["type"] == "image_data"]
+            parts = [{"type": "text", "text": self._prompt_ids(request)}, *images]
+        elif not pictures:  # LMDeploy would put a line break between two texts
+            parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
+        return [{"role": "user", "content": parts}], as_tokens
 
-    def _prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Messages through the checkpoint's chat template; a `PLACEHOLDER` for each picture."""
-        chat = [
-            {
-                "role": message["role"],
-                "content": [
-                    part if part["type"] == "text" else {"type": "image"}
-                    for part in message["content"]
-                ],
-            }
-            for message in messages
+    def _prompt_ids(self, request: Request) -> list[int]:
+        """The prompt by the checkpoint's own template, one token for each picture."""
+        processor: Any = self._processor
+        content = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+            for part in request.content
         ]
-        text = self._processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        return str(text)
-
-    def _to_pytorch(self, messages: list[Any], template: Any, tokenizer: Any, **_: Any) -> Any:
-        """In place of LMDeploy's: the prompt with the pictures where the checkpoint puts them."""
-        asked = [message for message in messages if message["role"] != "preprocess"]
-        token = self._processor.image_token
-        first, last = (
-            getattr(self._processor, f"{side}_image_token", "") for side in ("start", "end")
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-        prompt = self._prompt(asked).replace(token, first + PLACEHOLDER + last)
-        vision = self._engine.vl_encoder.model
-        return vision.to_pytorch_aux(messages, prompt, PLACEHOLDER, tokenizer)
+        ids: list[int] = []
+        for i, piece in enumerate(text.split(processor.image_token)):
+            ids += [self._engine.vl_encoder.model.image_token_id] * (i > 0)
+            ids += self._engine.tokenizer.encode(piece, add_bos=i == 0)
+        return ids
 
-    def _answer(self, request: Request, seen: _Seen) -> Answer:
-        pictures = () if seen.held is None else seen.held.pictures
-        pruned = {picture.span.start: picture for picture in pictures}
-        spans = []
-        for picture in seen.pictures if self._pruned else ():
-            start, tokens = picture["offset"], int(picture["image_tokens"])
-            found = pruned.get(start)
-            kept: Iterable[int] = range(tokens)
-            if found is not None:
-                assert found.kept is not None, "a session asks for the details"
-                kept = found.kept
-            spans.append(SpanRecord(start, start + tokens, tuple(kept)))
-        text = self._engine.tokenizer.decode(seen.ids, skip_special_tokens=True)
+    def _answer(self, request: Request, running: _Running) -> Answer:
         size = self._engine.engine.cache_config.block_size
-        reason: str | None = "no policy is set"
-        if self._pruned:
-            reason = seen.reason if seen.pictures else NO_PICTURES
+        pictures = any(isinstance(part, Path) for part in request.content)
+        record, state = self._record(running, pictures), running.state
         return Answer(
-            output_ids=tuple(seen.ids),
-            text=text.strip(),
-            prompt_tokens=seen.prompt_tokens,
-            spans=tuple(spans),
-            kv=KVSlots(seen.blocks * self._ratio * size, seen.blocks * size, block=size),
-            reason=reason,
-            logprobs=tuple(seen.logprobs),
-            chunks=None if seen.held is None else seen.held.passes,
-            preempted=seen.scheduled - 1,
+            output_ids=tuple(running.ids),
+            text=self._engine.tokenizer.decode(running.ids, skip_special_tokens=True).strip(),
+            prompt_tokens=running.prompt_tokens,
+            spans=record.spans,
+            kv=KVSlots(running.blocks * self._ratio * size, running.blocks * size, block=size),
+            reason=record.reason,
+            logprobs=tuple(running.logprobs),
+            chunks=state.passes or None,
+            preempted=running.scheduled - 1,
         )
+
+    def _record(self, running: _Running, pictures: bool) -> RequestRecord:
+        """What was pruned.
+
+        Raises:
+            EntropyPruneError: the engine should have pruned and did not.
+        """
+        if self._settings is None:
+            return RequestRecord((), Reason.NO_POLICY)
+        if not pictures:
+            return RequestRecord((), Reason.NO_PICTURES)
+        if running.plan is None:
+            raise EntropyPruneError(
+                "the session has a policy, and its engine did not ask it about a prompt with "
+                "pictures; was pruning undone meanwhile?"
+            )
+        kept, planned = running.state.kept(), sum(1 for _ in running.plan.pruned)
+        if len(kept) != planned:
+            raise EntropyPruneError(
+                f"{planned} units of a prompt should have lost tokens, {len(kept)} did; please "
+                "report it"
+            )
+        return RequestRecord.of(running.plan, kept)
 
 
 def _check_device(device: str) -> None:

@@ -11,7 +11,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -21,66 +20,26 @@ from lmdeploy.pytorch.engine.cache_engine.layout import (
     PackedBlockCacheLayout,
 )
 
-from ep_backends.budgets import KEY
-from ep_core.budget import Keep
+from ep_backends.lmdeploy.attached import plan_among
 from ep_core.errors import UnsupportedError
-from ep_core.policy import PruningPolicy
-
-# Text-only traffic may lose this share of its token capacity, so that pictures gain the rest.
-TEXT_CAPACITY_LOSS = Fraction(1, 8)
 
 
-@dataclass(frozen=True)
-class PicturePlan:
-    """What is decided of a picture when its request arrives; LMDeploy's `MultiModalData` carry it.
-
-    Attributes:
-        keep: tokens that stay.
-        ratio: tokens of a block below layer K for each of its tokens from K on.
-        detailed: the caller wants the kept indices.
-    """
-
-    keep: int
-    ratio: int
-    detailed: bool
-
-
-def kv_ratio(policy: PruningPolicy, layers: int) -> int:
-    """Tokens of a block in layers < K for each of its tokens in layers >= K.
-
-    A ratio r makes a block `(L - K + r K) / L` times as large, which is what text-only requests
-    lose. r is the largest that keeps this loss within `TEXT_CAPACITY_LOSS`, at least 2, and not
-    more than a fraction that is kept anyway can use.
-
-    Args:
-        policy: its layer settled.
-        layers: L.
-    """
-    assert isinstance(policy.layer, int)
-    ratio = math.floor(1 + TEXT_CAPACITY_LOSS / (1 - TEXT_CAPACITY_LOSS) * layers / policy.layer)
-    if isinstance(policy.budget, Keep) and isinstance(policy.budget.value, float):
-        ratio = min(ratio, math.ceil(1 / policy.budget.value))
-    return max(2, ratio)
-
-
-def required_blocks(original: Callable[..., int], sequence: Any, prealloc_size: int = 0) -> int:
-    """Around `DefaultBlockManager.num_required_blocks`: blocks that a sequence still has to get.
+def required_blocks(
+    original: Callable[..., int], ratio: int, sequence: Any, prealloc_size: int = 0
+) -> int:
+    """In place of `num_required_blocks`: blocks that a sequence still has to get.
 
     Args:
         original: LMDeploy's own count, of a sequence that loses no tokens.
+        ratio: tokens of a block in layers < K for each of its tokens in layers >= K.
         sequence: LMDeploy's `SchedulerSequence`.
         prealloc_size: tokens to come.
     """
-    dropped, ratio = 0, 1
+    plan = plan_among(sequence.history_multimodals.multimodals)
     tokens: int = sequence.num_all_ids
     if sequence.kv_token_limit is not None:
         tokens = min(tokens, sequence.kv_token_limit)
-    for pictures in sequence.history_multimodals.multimodals.values():
-        for picture in pictures:
-            plan = (picture.meta or {}).get(KEY)
-            if plan is not None and picture.end <= tokens:
-                dropped += picture.end - picture.start - plan.keep
-                ratio = plan.ratio
+    dropped = 0 if plan is None else plan.dropped_before(tokens)
     if not dropped:
         return original(sequence, prealloc_size)
     tokens += prealloc_size
@@ -122,7 +81,7 @@ class GroupedLayout:
         return CacheAllocation(pools=folded + rest.pools, tensor_views=views)
 
 
-def group_layers(plan: Any, layer: int, ratio: int) -> Any:
+def grouped(plan: Any, layer: int, ratio: int) -> Any:
     """LMDeploy's `BlockCachePlan` with the layers in two groups.
 
     Args:

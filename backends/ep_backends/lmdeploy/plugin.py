@@ -6,17 +6,17 @@ import copy
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
-from ep_backends.budgets import KEY, server_settings
-from ep_backends.refusals import refusing
+from ep_backends.lmdeploy.attached import SETTINGS
+from ep_backends.lmdeploy.settings import EnginePolicy, LMDeploySettings, settings_in
+from ep_backends.shared.refusals import refusing
+from ep_backends.shared.requests import FIELD
 from ep_core.errors import PolicyError, UnsupportedError
-from ep_core.family import Config
 from ep_core.patching import Patches
 from ep_core.policy import ENV, PruningPolicy
-from ep_core.settings import Settings
 
 _active: Patches | None = None
 _policy: PruningPolicy | None = None  # given to `activate`
@@ -44,12 +44,17 @@ def activate(policy: str | PruningPolicy | None = None) -> Patches:
     return _active
 
 
-def _install() -> Patches:
-    from ep_backends.lmdeploy.ledger import AT_START, HOOKED, check_points
+def is_active() -> bool:
+    """Is pruning switched on for the engines that this process starts?"""
+    return _active is not None
 
-    check_points(AT_START)
-    from ep_backends.lmdeploy.kv import required_blocks
-    from ep_backends.lmdeploy.requests import plan_request
+
+def _install() -> Patches:
+    from ep_backends.lmdeploy.ledger import HOOKED, at_start, check_points, warn_untested
+
+    check_points(at_start())
+    warn_untested()
+    from ep_backends.lmdeploy.requests import preprocess
 
     patches = Patches()
     patches.add(_forget)
@@ -58,9 +63,9 @@ def _install() -> Patches:
         "build_turbomind": build_turbomind,
         "launch_servers": launch_servers,
         "configure": configure,
-        "plan_request": plan_request,
-        "required_blocks": required_blocks,
-        "grouped_plan": grouped_plan,
+        "preprocess": preprocess,
+        "build_engine": build_engine,
+        "group_layers": group_layers,
     }
     try:
         for name, point in HOOKED.items():
@@ -108,16 +113,18 @@ def _forget_classes() -> None:
 # Starting an engine.
 
 
-def policy_for(overrides: Mapping[str, Any] | None) -> PruningPolicy | None:
-    """The policy of an engine, from wherever it was set.
+def policy_for(overrides: Mapping[str, Any] | None) -> EnginePolicy | None:
+    """The policy of an engine, from wherever it was set, or None.
 
     Args:
-        overrides: the engine's `hf_overrides`.
+        overrides: the engine's `hf_overrides`. An `EnginePolicy` in them is the last word.
 
     Raises:
         PolicyError: it cannot be read, or two of them differ.
     """
-    value = (overrides or {}).get(KEY)
+    value = (overrides or {}).get(FIELD)
+    if isinstance(value, EnginePolicy):
+        return value
     own = None
     if value is not None:
         own = (
@@ -132,27 +139,7 @@ def policy_for(overrides: Mapping[str, Any] | None) -> PruningPolicy | None:
     if len(set(given.values())) > 1:
         differing = ", ".join(f"{where} says {policy}" for where, policy in given.items())
         raise PolicyError(f"{differing}; set one of them")
-    return next(iter(given.values()), None)
-
-
-class Carried(str):
-    """A policy in an engine's `hf_overrides`: what goes to its other processes with them.
-
-    A process that receives it is activated before it starts anything, even if it never imports us.
-    """
-
-    __slots__ = ()
-
-    def __deepcopy__(self, memo: Any) -> Carried:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _arrive, (str(self),)
-
-
-def _arrive(policy: str) -> Carried:
-    activate()
-    return Carried(policy)
+    return next(map(EnginePolicy, given.values()), None)
 
 
 def build_pytorch(
@@ -171,18 +158,20 @@ def build_pytorch(
 
     with refusing():
         policy = policy_for(getattr(backend_config, "hf_overrides", None))
-        if policy is not None:
+        if policy:
             # a copy, because the caller may use theirs again
             backend_config = copy.copy(backend_config or PytorchEngineConfig())
             check_arguments(backend_config, speculative_config)
-            overrides = {k: v for k, v in (backend_config.hf_overrides or {}).items() if k != KEY}
+            overrides = {k: v for k, v in (backend_config.hf_overrides or {}).items() if k != FIELD}
             hf_config = copy.deepcopy(engine.hf_cfg)
             override_hf_config(hf_config, overrides)
-            facts = hf_config.to_dict()
-            settings = settings_for(policy, facts)
-            check_model(ModelConfig.from_hf_config(hf_config, model_path), settings.family, facts)
-            setattr(engine, KEY, settings)
-            backend_config.hf_overrides = overrides | {KEY: Carried(settings.policy)}
+            settings = LMDeploySettings.of(
+                PruningPolicy.parse(policy), hf_config.to_dict(), details=policy.details
+            )
+            check_model(ModelConfig.from_hf_config(hf_config, model_path), settings.core)
+            setattr(engine, SETTINGS, settings)
+            settled = EnginePolicy(settings.core.policy, details=settings.details)
+            backend_config.hf_overrides = overrides | {FIELD: settled}
     return original(
         engine,
         model_path=model_path,
@@ -197,7 +186,7 @@ def build_turbomind(
 ) -> Any:
     """Around `AsyncEngine._build_turbomind`: it cannot prune."""
     with refusing():
-        if policy_for(getattr(backend_config, "hf_overrides", None)) is not None:
+        if policy_for(getattr(backend_config, "hf_overrides", None)):
             raise UnsupportedError(
                 "the TurboMind engine was chosen, and it has no place to prune at; choose the "
                 "PyTorch engine: --backend pytorch, or backend_config=PytorchEngineConfig(...)"
@@ -211,7 +200,7 @@ def launch_servers(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 
     config = inspect.signature(original).bind(*args, **kwargs).arguments["backend_config"]
     with refusing():
-        if policy_for(config.hf_overrides) is not None:
+        if policy_for(config.hf_overrides):
             check_arguments(config, None)
     return original(*args, **kwargs)
 
@@ -220,53 +209,54 @@ def configure(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Around `ModelConfig.from_pretrained`: our classes go along to each worker."""
     from ep_backends.lmdeploy import module_map
 
-    config = original(*args, **kwargs)
-    given = inspect.signature(original).bind(*args, **kwargs).arguments
-    overrides = given.get("hf_overrides") or {}
-    if isinstance(overrides.get(KEY), Carried):
-        config.custom_module_map = str(Path(module_map.__file__).resolve())
-        return config
+    given = inspect.signature(original).bind(*args, **kwargs)
+    overrides: dict[str, Any] = given.arguments.get("hf_overrides") or {}
     with refusing():
-        if policy_for(overrides) is not None:
+        policy = policy_for(overrides)
+        if policy and policy is not overrides.get(FIELD):
             raise UnsupportedError(
-                "the engine was started by itself, so that nobody decides what its requests keep; "
+                "the engine was started by itself, where nothing decides what its requests keep; "
                 "start it through lmdeploy.pipeline, AsyncEngine or the server"
             )
+    if policy:
+        config = original(*args, **kwargs)
+        config.custom_module_map = str(Path(module_map.__file__).resolve())
+        return config
+    if policy is not None:  # a session's word that nothing is pruned: LMDeploy need not see it
+        given.arguments["hf_overrides"] = {k: v for k, v in overrides.items() if k != FIELD} or None
     _forget_classes()
-    return config
+    return original(*given.args, **given.kwargs)
 
 
-def settings_for(policy: PruningPolicy, facts: Config) -> Settings:
-    """What pruning needs to know of a server.
+def build_engine(original: Callable[..., None], engine: Any, *args: Any, **kwargs: Any) -> None:
+    """Around `Engine.__init__`, in the process of the scheduler: count blocks by kept tokens."""
+    from lmdeploy.pytorch.paging.block_manager import DefaultBlockManager
 
-    Args:
-        policy: as it was set.
-        facts: the checkpoint's configuration.
+    from ep_backends.lmdeploy.kv import required_blocks
 
-    Raises:
-        EntropyPruneError: there is no such family, no such layer or no such method.
-    """
-    return server_settings(policy, facts)
-
-
-def settings_of(hf_config: Any) -> Settings | None:
-    """The same from the configuration that a worker gets; None where there is no policy."""
-    value = getattr(hf_config, KEY, None)
-    if value is None:
-        return None
-    return settings_for(PruningPolicy.parse(str(value)), hf_config.to_dict())
+    original(engine, *args, **kwargs)
+    settings = settings_in(engine.model_config.hf_config)
+    if settings is None:
+        return
+    manager = engine.scheduler.block_manager
+    with refusing():
+        if type(manager) is not DefaultBlockManager:
+            raise UnsupportedError(
+                f"blocks are counted by {type(manager).__name__}; pruning works with "
+                "DefaultBlockManager, the one of models without sliding windows"
+            )
+    manager.num_required_blocks = partial(
+        required_blocks, manager.num_required_blocks, settings.ratio
+    )
 
 
 # In each worker.
 
 
-def grouped_plan(original: Callable[..., Any], model_config: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around `build_block_cache_plan`."""
-    from ep_backends.lmdeploy.kv import group_layers, kv_ratio
+def group_layers(original: Callable[..., Any], model_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around `build_block_cache_plan`: more pages for the layers below K."""
+    from ep_backends.lmdeploy.kv import grouped
 
     plan = original(model_config, *args, **kwargs)
-    settings = settings_of(model_config.hf_config)
-    if settings is None:
-        return plan
-    ratio = kv_ratio(settings.policy, settings.shape.layers)
-    return group_layers(plan, settings.layer, ratio)
+    settings = settings_in(model_config.hf_config)
+    return plan if settings is None else grouped(plan, settings.core.layer, settings.ratio)

@@ -1,157 +1,131 @@
-"""Rank each picture's tokens before layer K, run the kept ones through the layers from there on.
+"""Where LMDeploy's forward pass is hooked, and how its metadata is spelled.
 
-Forward hooks on the decoder's layers do it, so the same code serves every model whose layers take
-`(hidden_states, rotary_pos_emb=, past_key_value=, residual=, attn_metadata=)`. Layers >= K pack the
-kept tokens from the first slot of the request's blocks on, and see lengths of kept tokens.
+What layers >= K compute, and which tokens stay, is the core's (`ep_core.compaction`). Forward hooks
+on the decoder's layers carry it out, so the same code serves every model whose layers take
+`ledger.LAYER_ARGUMENTS` by name. Before each layer there is one place, `Pruner._before_layer`: it
+gives the layer the attention metadata of its group, and before layer K cuts what goes on. Layers
+>= K pack the kept tokens from the first slot of the request's blocks on, and see their lengths.
 
-LMDeploy never ends a chunk inside a picture, so a picture is always whole.
+LMDeploy never ends a chunk inside a picture. If it did, `Pass.add` would refuse the next chunk.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ep_backends.budgets import KEY
-from ep_backends.lmdeploy.kv import PicturePlan, pages_below
-from ep_backends.selection import Ranks, choose
-from ep_core.errors import UnsupportedError
-from ep_core.settings import Settings
-from ep_core.spans import VisualSpan
+from ep_backends.lmdeploy.attached import (
+    STATE,
+    STEP,
+    SequenceState,
+    plan_among,
+    state_in,
+    step_of,
+)
+from ep_backends.lmdeploy.kv import pages_below
+from ep_backends.lmdeploy.settings import LMDeploySettings
+from ep_core.compaction import Pass, Ranks
+from ep_core.errors import EntropyPruneError
 
 DROPPED = "entropyprune_dropped"  # inputs of a model's forward pass
 PAGES_BELOW = "entropyprune_pages_below"
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """A picture that lost tokens: `keep` of them stay, by name in `kept` if that was asked for."""
-
-    span: VisualSpan
-    keep: int
-    kept: list[int] | None
-
-
 @dataclass
-class Held:
-    """What a sequence lost so far; LMDeploy's `model_metas` carry it from pass to pass.
+class Step:
+    """One forward pass, from `update_model_metas` to its output; it travels on the `StepContext`.
 
     Attributes:
-        pictures: by their place in the sequence.
-        passes: of prefill that it took so far.
+        compaction: what layers >= K compute; None where no sequence loses or has lost tokens, and
+            in decode.
+        below: attention metadata of layers < K.
+        rest: that of layers >= K.
+        rotary: cosines and sines of the rows that layers >= K compute; None for all rows.
     """
 
-    pictures: tuple[Pruned, ...] = ()
-    passes: int = 0
-
-    @property
-    def dropped(self) -> int:
-        """Tokens that layers >= K do not hold."""
-        return sum(len(picture.span) - picture.keep for picture in self.pictures)
-
-
-@dataclass
-class _Picture:
-    """A picture of this pass: `[first, stop)` among its new tokens."""
-
-    first: int
-    stop: int
-    keep: int
-    kept: list[int] | None  # filled in for who asked
-
-
-@dataclass
-class _Pass:
-    """One prefill pass, planned on host integers.
-
-    Attributes:
-        runs: in order, what layers >= K compute: `(first, stop)` tokens of the pass, or a picture.
-        computed: tokens of each sequence that layers >= K compute.
-        held: tokens of each that they hold afterwards.
-        tokens: new tokens of the pass.
-    """
-
-    runs: list[tuple[int, int] | _Picture] = field(default_factory=list)
-    computed: list[int] = field(default_factory=list)
-    held: list[int] = field(default_factory=list)
-    tokens: int = 0
-    queries: list[torch.Tensor] = field(default_factory=list)  # of each picture, [N, H, D]
-    source: torch.Tensor | None = None  # tokens of the pass that went on; None: all
-
-    @property
-    def pictures(self) -> list[_Picture]:
-        """Pictures that lose tokens now."""
-        return [run for run in self.runs if isinstance(run, _Picture)]
+    compaction: Pass | None = None
+    below: Any = None
+    rest: Any = None
+    rotary: tuple[torch.Tensor, ...] | None = None
 
 
 class Pruner:
-    """The hooks of one model, and what they pass on within a forward pass."""
+    """The hooks of one model. What a pass knows is in its `Step`."""
 
     def __init__(
-        self, model: nn.Module, settings: Settings, ratio: int, ranks: Ranks | None
+        self,
+        layers: Sequence[Any],
+        settings: LMDeploySettings,
+        context: Callable[[], Any],
+        ranks: Ranks | None,
     ) -> None:
-        """Attach to a model.
+        """Attach to a decoder.
 
         Args:
-            model: LMDeploy's model.
+            layers: of the decoder.
             settings: what to prune.
-            ratio: pages below layer K for each page from K on.
+            context: gives LMDeploy's current `StepContext`.
             ranks: tensor-parallel ranks, or None for one alone.
         """
-        self._settings = settings
-        self.ratio = ratio
-        self._ranks = ranks
-        self._pass: _Pass | None = None
-        self._below: Any = None  # attention metadata of layers < K
-        self._rest: Any = None  # of layers >= K
-        self._rotary: Any = None
-        self._counts: list[int] = []
+        self.settings = settings
+        self._context, self._ranks = context, ranks
+        self._counts: list[int] = []  # of the decode step before, and the same on the device
         self._dropped: torch.Tensor | None = None
-        layers, k = decoder_layers(model), settings.layer
-        if "queries" in settings.selector.needs:
-            projection = layers[k - 1].self_attn.qkv_proj
+        if "queries" in settings.core.selector.needs:
+            projection = layers[settings.core.layer - 1].self_attn.qkv_proj
             projection.register_forward_hook(self._after_projection)
         for i, layer in enumerate(layers):
-            hook = self._before_below if i < k else self._before_k if i == k else self._before_rest
-            layer.register_forward_pre_hook(hook, with_kwargs=True)
+            names = tuple(inspect.signature(layer.forward).parameters)
+            layer.register_forward_pre_hook(partial(self._before_layer, i, names), with_kwargs=True)
 
     def plan(self, context: Any) -> list[dict[str, Any]] | None:
-        """`update_model_metas`: plan a pass, and say what each sequence will have lost after it.
+        """`update_model_metas`: plan a pass, and say what each sequence has behind it afterwards.
 
         Args:
             context: LMDeploy's `StepContext`.
         """
-        self._pass = None
-        metas: list[dict[str, Any]] | None = context.model_metas
+        step = Step()
+        setattr(context, STEP, step)
         if context.is_decoding:
+            metas: list[dict[str, Any]] | None = context.model_metas
             return metas
         batch = len(context.q_seqlens)
-        held = [_held(meta) for meta in metas] if metas else [Held()] * batch
-        pictures = [_pruned(given) for given in context.input_multimodals or [{}] * batch]
-        shorter = any(pictures) or any(one.dropped for one in held)
+        none: list[Any] = [None] * batch
+        before = [state_in(meta) for meta in context.model_metas or none]
+        plans = [
+            state.plan or plan_among(pictures)
+            for state, pictures in zip(before, context.input_multimodals or none, strict=True)
+        ]
         if batch == 1:  # known without asking the device, which would wait for it
             news, totals = [context.input_ids.numel()], [context.sum_kv_seqlen]
-        elif shorter:
+        elif any(plans):
             news, totals = torch.stack([context.q_seqlens, context.kv_seqlens]).tolist()
         else:
-            return [{KEY: Held((), one.passes + 1)} for one in held]
-        current = _Pass()
+            return [{STATE: SequenceState(passes=state.passes + 1)} for state in before]
+        current = Pass()
         after = []
-        for new, total, before, given in zip(news, totals, held, pictures, strict=True):
+        for new, total, state, plan in zip(news, totals, before, plans, strict=True):
             start = total - new
-            if start and not before.passes:
-                raise RuntimeError(
-                    f"entropyprune: {start} tokens of a sequence are cached, and nothing says "
-                    "which of them layers >= K hold; please report it"
+            if start and not state.passes:
+                raise EntropyPruneError(
+                    f"{start} tokens of a sequence are cached, and nothing says which of them "
+                    "layers >= K hold; please report it"
                 )
             # from its start a sequence is computed anew
-            before = before if start else Held()
-            after.append({KEY: _plan_sequence(current, before, given, start, new)})
-        self._pass = current if shorter else None
+            state = state if start else SequenceState()
+            known = len(current.units)
+            current.add(plan, new, prefix=start)
+            ranked = current.units[known:] if self.settings.details else ()
+            after.append({STATE: SequenceState(plan, state.passes + 1, (*state.ranked, *ranked))})
+        if any(plans):
+            step.compaction = current
         return after
 
     def inputs(self, context: Any) -> dict[str, torch.Tensor]:
@@ -166,10 +140,10 @@ class Pruner:
         config = context.cache_config
         table = context.attn_metadata.block_offsets
         per_block = config.block_size // config.kernel_block_size
-        inputs = {PAGES_BELOW: pages_below(table, per_block, self.ratio)}
+        inputs = {PAGES_BELOW: pages_below(table, per_block, self.settings.ratio)}
         if context.is_decoding:
             metas = context.model_metas or [None] * len(context.kv_seqlens)
-            counts = [_held(meta).dropped for meta in metas]
+            counts = [state_in(meta).dropped for meta in metas]
             if self._dropped is None or counts != self._counts:
                 dropped = torch.tensor(counts, dtype=context.kv_seqlens.dtype)
                 self._dropped = dropped.to(context.kv_seqlens.device, non_blocking=True)
@@ -177,147 +151,73 @@ class Pruner:
             inputs[DROPPED] = self._dropped
         return inputs
 
-    def begin(self, metadata: Any, pages: torch.Tensor, dropped: torch.Tensor | None) -> None:
-        """Before a model's forward pass; may be captured in a CUDA graph in decode.
+    def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around a model's forward pass; may be captured in a CUDA graph in decode.
 
         Args:
-            metadata: LMDeploy's attention metadata of the pass.
-            pages: `[B, W]` pages of layers < K.
-            dropped: `[B]` in decode, None in prefill.
+            run: LMDeploy's own pass.
+            args, kwargs: its arguments, and the tensors of `inputs`.
+
+        Returns:
+            LMDeploy's output, hidden states `[1, T, d]`; those of dropped tokens are zero.
         """
-        self._below = dataclasses.replace(metadata, block_offsets=pages)
-        self._rotary = None
+        step = step_of(self._context())
+        metadata = kwargs["attn_metadata"]
+        pages, dropped = kwargs.pop(PAGES_BELOW), kwargs.pop(DROPPED, None)
+        step.below = dataclasses.replace(metadata, block_offsets=pages)
+        step.rest = metadata
         if dropped is not None:
-            self._pass = None
             lengths = metadata.kv_seqlens - dropped
             ends = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-            self._rest = dataclasses.replace(metadata, kv_seqlens=lengths, cu_seqlens_k=ends)
-        else:
-            self._rest = metadata if self._pass is None else _prefill_metadata(metadata, self._pass)
-
-    def end(self, hidden: torch.Tensor) -> torch.Tensor:
-        """After it: spread the output `[1, T', d]` to the pass's tokens; dropped ones read zero."""
-        current, self._pass = self._pass, None
-        self._below = self._rest = self._rotary = None
-        if current is None or current.source is None:
+            step.rest = dataclasses.replace(metadata, kv_seqlens=lengths, cu_seqlens_k=ends)
+        elif step.compaction is not None:
+            step.rest = kept_metadata(metadata, step.compaction)
+        hidden = run(*args, **kwargs)
+        if step.compaction is None or not step.compaction.shortens:
             return hidden
-        spread = hidden.new_zeros(1, current.tokens, hidden.shape[-1])
-        return spread.index_copy_(1, current.source, hidden)
+        return step.compaction.spread(hidden[0], 0.0)[None]
 
     def _after_projection(self, module: Any, args: Any, output: torch.Tensor) -> None:
-        current = self._pass
-        if current is None or not current.pictures:
-            return
-        queries, _, _ = module.split_qkv(output.flatten(0, -2))
-        # copies, because RoPE may rotate them in place
-        current.queries = [queries[p.first : p.stop].clone() for p in current.pictures]
+        compaction = step_of(self._context()).compaction
+        if compaction is not None and compaction.shortens:
+            queries, _, _ = module.split_qkv(output.flatten(0, -2))
+            compaction.copy_queries(queries)
 
-    def _before_below(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, kwargs | {"attn_metadata": self._below}
+    def _before_layer(
+        self, index: int, names: Sequence[str], layer: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """Between two layers: the seam. All arguments go on by name, unknown ones as they are."""
+        given = dict(zip(names, args, strict=False)) | kwargs
+        step = step_of(self._context())
+        if index < self.settings.core.layer:
+            return (), given | {"attn_metadata": step.below}
+        if index == self.settings.core.layer:
+            given = self._cut(step, given)
+        given["attn_metadata"] = step.rest
+        if step.rotary is not None:
+            given["rotary_pos_emb"] = step.rotary
+        return (), given
 
-    def _before_rest(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        kwargs = kwargs | {"attn_metadata": self._rest}
-        if self._rotary is not None:
-            kwargs["rotary_pos_emb"] = self._rotary
-        return args, kwargs
-
-    def _before_k(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Hand the kept tokens on, at their own rotary positions."""
-        current = self._pass
-        if current is not None and current.pictures:
-            hidden, *rest = args
-            residual = kwargs["residual"]
-            source = current.source = self._source(current, (hidden + residual)[0])
-            current.queries = []
-            self._rotary = tuple(part[source] for part in kwargs["rotary_pos_emb"])
-            args = (hidden[:, source], *rest)
-            kwargs = kwargs | {"residual": residual[:, source]}
-        return self._before_rest(layer, args, kwargs)
-
-    def _source(self, current: _Pass, hidden: torch.Tensor) -> torch.Tensor:
-        """Rank the pictures' tokens; which tokens of the pass go on, `[T']` ascending.
-
-        Args:
-            current: the pass.
-            hidden: `[T, d]` hidden states entering layer K.
-        """
-        queries = iter(current.queries)
-        source = []
-        for run in current.runs:
-            if not isinstance(run, _Picture):
-                source.append(torch.arange(*run, device=hidden.device))
-                continue
-            kept = choose(
-                self._settings.selector,
-                run.keep,
-                queries=next(queries, None),
-                hidden=hidden[run.first : run.stop],
-                ranks=self._ranks,
-            )
-            if run.kept is not None:
-                run.kept += kept.tolist()
-            source.append(kept + run.first)
-        return torch.cat(source)
+    def _cut(self, step: Step, given: dict[str, Any]) -> dict[str, Any]:
+        """Rank, and hand the kept tokens on, at their own rotary positions."""
+        compaction = step.compaction
+        if compaction is None or not compaction.shortens:
+            return given
+        hidden, residual = given["hidden_states"], given.get("residual")
+        entering = hidden if residual is None else hidden + residual
+        compaction.choose(self.settings.core.selector, entering[0], ranks=self._ranks)
+        step.rotary = tuple(compaction.take(part) for part in given["rotary_pos_emb"])
+        return given | {
+            "hidden_states": compaction.take(hidden, dim=1),
+            "residual": None if residual is None else compaction.take(residual, dim=1),
+        }
 
 
-def decoder_layers(model: nn.Module) -> Any:
-    """The language model's layers: the module list whose layers attend through the KV cache."""
-    from lmdeploy.pytorch.nn import Attention
-
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            attention = getattr(module[0], "self_attn", None)
-            if isinstance(getattr(attention, "attn_fwd", None), Attention):
-                return module
-    raise UnsupportedError(f"{type(model).__name__} has no decoder layers that pruning knows")
-
-
-def _held(meta: dict[str, Any] | None) -> Held:
-    held: Held = (meta or {}).get(KEY) or Held()
-    return held
-
-
-def _pruned(multimodals: dict[str, Any] | None) -> list[Any]:
-    """Of a sequence's `MultiModalData` in a pass, those that lose tokens, in order."""
-    pictures = (multimodals or {}).get("image", ())
-    return sorted(
-        (data for data in pictures if KEY in (data.meta or {})), key=lambda data: data.start
-    )
-
-
-def _plan_sequence(current: _Pass, held: Held, pictures: list[Any], start: int, new: int) -> Held:
-    """Add a sequence's new tokens `[start, start + new)`; what it has lost after them."""
-    first = current.tokens
-    at = 0  # up to where it is planned
-    lost = []
-    for data in pictures:
-        plan: PicturePlan = data.meta[KEY]
-        span = VisualSpan(data.start, data.end)
-        begin, stop = span.start - start, span.stop - start
-        if not at <= begin < stop <= new:
-            raise RuntimeError(
-                f"entropyprune: the picture [{span.start}, {span.stop}) is not whole in a pass "
-                f"over [{start}, {start + new}); please report it"
-            )
-        if at < begin:
-            current.runs.append((first + at, first + begin))
-        kept: list[int] | None = [] if plan.detailed else None
-        current.runs.append(_Picture(first + begin, first + stop, plan.keep, kept))
-        lost.append(Pruned(span, plan.keep, kept))
-        at = stop
-    if at < new:
-        current.runs.append((first + at, first + new))
-    current.tokens += new
-    dropped = sum(len(picture.span) - picture.keep for picture in lost)
-    after = Held((*held.pictures, *lost), held.passes + 1)
-    current.computed.append(new - dropped)
-    current.held.append(start + new - after.dropped)
-    return after
-
-
-def _prefill_metadata(metadata: Any, current: _Pass) -> Any:
-    """The attention metadata of layers >= K."""
-    lengths = torch.tensor([current.computed, current.held])
+def kept_metadata(metadata: Any, compaction: Pass) -> Any:
+    """The attention metadata of layers >= K in prefill: lengths of kept tokens."""
+    new = compaction.lengths
+    held = [before + added for before, added in zip(compaction.prefixes, new, strict=True)]
+    lengths = torch.tensor([new, held])
     ends = nn.functional.pad(lengths.cumsum(1), (1, 0))
     device = metadata.q_seqlens.device
 
@@ -332,7 +232,7 @@ def _prefill_metadata(metadata: Any, current: _Pass) -> Any:
         kv_start_loc=like(ends[1, :-1], metadata.kv_start_loc),
         cu_seqlens_q=like(ends[0], metadata.cu_seqlens_q),
         cu_seqlens_k=like(ends[1], metadata.cu_seqlens_k),
-        kv_flatten_size=sum(current.held),
-        max_q_seqlen=max(current.computed),
-        max_kv_seqlen=max(current.held),
+        kv_flatten_size=sum(held),
+        max_q_seqlen=max(new),
+        max_kv_seqlen=max(held),
     )

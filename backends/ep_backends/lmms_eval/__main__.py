@@ -1,4 +1,4 @@
-"""One evaluation for `entropyprune eval`, in a process of its own: see `ep_core.cli_eval`.
+"""One evaluation for `entropyprune eval`, in a process of its own: see `entropyprune.cli.eval`.
 
 python -m ep_backends.lmms_eval SETTINGS, a JSON object: `tasks`, `batch_size`, `limit`, `out`,
 `log_samples`, `arguments`, and either `endpoint` or `model`, `backend`, `policy`, `device` and
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def run(settings: dict[str, Any], channel: int) -> dict[str, Any]:
-    """Evaluate; gives the facts that `ep_core.cli_eval` describes, the counts left out.
+    """Evaluate; gives the facts that `entropyprune.cli.eval_table` describes, the counts left out.
 
     Raises:
         EntropyPruneError: what the user can change.

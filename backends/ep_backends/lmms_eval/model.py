@@ -29,7 +29,7 @@ class Report:
     """What the reader of a score must know, collected over all requests.
 
     Args:
-        channel: file descriptor for JSON objects, one a line (`ep_core.cli_eval`); None sends
+        channel: file descriptor for JSON objects, one a line (`entropyprune.cli.eval`); None sends
             nothing, and lmms-eval's log alone says it.
     """
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ep_backends.refusals import refusing
 from ep_backends.shared.capacity import TEXT_CAPACITY_LOSS
+from ep_backends.shared.refusals import refusing
 from ep_backends.shared.requests import FIELD
 from ep_core.errors import PolicyError, UnsupportedError
 from ep_core.policy import ENV, PruningPolicy
@@ -233,7 +233,7 @@ def kept_ratio(policy: PruningPolicy, layers: int) -> float:
         policy: its layer settled.
         layers: L.
     """
-    share, k = 1 - TEXT_CAPACITY_LOSS, int(policy.layer)
+    share, k = float(1 - TEXT_CAPACITY_LOSS), int(policy.layer)
     ratio = share * k / (layers - share * (layers - k))
     kept = policy.budget.value
     return round(max(ratio, kept if isinstance(kept, float) else 0.0), 3)

@@ -16,6 +16,7 @@ import torch
 
 from ep_backends.sglang.arguments import CPU_ATTENTION, CUDA_ATTENTION, RADIX_CACHE
 from ep_backends.sglang.families import architecture_of, check_checkpoint, differences
+from ep_backends.shared.pictures import read_picture
 from ep_backends.shared.requests import FIELD, session_wish
 from ep_core.backend import (
     Answer,
@@ -30,7 +31,6 @@ from ep_core.backend import (
 from ep_core.checkpoint import read_config
 from ep_core.errors import EntropyPruneError, UnsupportedError
 from ep_core.patching import PointStatus
-from ep_core.pictures import read_picture
 from ep_core.plan import Reason, RequestPlan
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy, no_policy_in_environment
@@ -147,7 +147,7 @@ class SGLangSession(Session):
         if device == "cpu":
             for name, value in CPU_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
-        from ep_backends.transformers.processor import load_processor
+        from ep_backends.shared.processor import load_processor
 
         self._processor = load_processor(Path(arguments.get("tokenizer_path") or model))
         self._pruned = policy is not None

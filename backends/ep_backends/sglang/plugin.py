@@ -14,9 +14,9 @@ from typing import Any
 
 import msgspec
 
-from ep_backends.refusals import StartRefused, refusing
 from ep_backends.sglang.arguments import RADIX_CACHE, STEPS, Orders, check_arguments, orders
 from ep_backends.sglang.requests import check_budget
+from ep_backends.shared.refusals import StartRefused, refusing
 from ep_backends.shared.requests import server_settings
 from ep_core.errors import UnsupportedError
 from ep_core.settings import Settings

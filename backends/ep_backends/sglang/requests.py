@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ep_backends.metrics import Metrics
+from ep_backends.shared.metrics import Metrics
 from ep_backends.shared.requests import FIELD, Wish, plan_prompt, read_wish
 from ep_core.budget import FlopsReduction
 from ep_core.compaction import Waiting

@@ -1,5 +1,6 @@
-"""What pruning may cost traffic that it cannot help."""
+"""What traffic without pictures may lose, so that requests with pictures gain memory."""
 
-# Prompts without pictures may lose this share of a server's token capacity, so that pictures gain
-# the rest.
-TEXT_CAPACITY_LOSS = 1 / 8
+from fractions import Fraction
+
+# of the tokens that a server's KV cache holds for text alone
+TEXT_CAPACITY_LOSS = Fraction(1, 8)

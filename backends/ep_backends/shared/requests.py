@@ -63,7 +63,8 @@ def read_wish(asked: Any, server: PruningPolicy, *, details: bool = False) -> Wi
     Args:
         asked: "off", False, an object with a budget, or None for nothing.
         server: the server's policy.
-        details: may a request ask for `details`? They make a server wait for its device.
+        details: does a session of ours ask, and no client? It may ask for `details`, which make an
+            engine wait for its device, and its 1 is one token: no JSON writer made it of 1.0.
 
     Raises:
         PolicyError: it cannot be read.
@@ -84,7 +85,7 @@ def read_wish(asked: Any, server: PruningPolicy, *, details: bool = False) -> Wi
             f"{EXAMPLE}"
         )
     for key, value in fields.items():
-        if value == 1 and not isinstance(value, float) and not isinstance(value, bool):
+        if value == 1 and not isinstance(value, float | bool) and not details:
             # JSON writers turn 1.0, every token, into 1, one token
             raise PolicyError(
                 f"{key}=1 is one token to some JSON writers and every token to others; a share is "

@@ -7,6 +7,6 @@ with enable(model, "layer=2,keep=0.25") as pruning:
     print(pruning.records)
 """
 
-from ep_backends.transformers.pruner import Pruning, enable
+from ep_backends.transformers.pruning import Pruning, enable
 
 __all__ = ["Pruning", "enable"]

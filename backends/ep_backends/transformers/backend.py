@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
+from ep_backends.shared.processor import encode, load_processor
+from ep_backends.transformers.batch import ForwardPass, Prefill, Row
+from ep_backends.transformers.layers import LayerHooks
 from ep_backends.transformers.ledger import POINTS
-from ep_backends.transformers.processor import encode, load_processor
-from ep_backends.transformers.pruner import Row, choose, enable
+from ep_backends.transformers.pruning import enable
 from ep_core.backend import (
     Answer,
     Backend,
@@ -27,11 +30,10 @@ from ep_core.checkpoint import read_config
 from ep_core.entropy import layer_entropy
 from ep_core.errors import EntropyPruneError, UnsupportedError
 from ep_core.patching import PointStatus, check_point
-from ep_core.plan import RequestPlan
+from ep_core.plan import Reason, RequestPlan
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
 from ep_core.report import RequestRecord
-from ep_core.spans import VisualSpan
 
 ATTENTION = "sdpa"
 
@@ -69,20 +71,31 @@ class TransformersBackend(Backend):
         hidden: torch.Tensor | None = None,
         device: str = "cpu",
     ) -> list[list[int]]:
-        """Select as the hooks do, with the prompt as the only row of a batch."""
-        spans = [VisualSpan(one.unit.start, one.unit.stop) for one in plan.pruned]
-        row = Row(spans, [one.keep for one in plan.pruned])
-        choose(
-            registry().selector(method),
-            [row],
-            queries=None if queries is None else queries[None].to(device),
-            hidden=None if hidden is None else hidden[None].to(device),
+        """Run the hooks of a stand-in for a decoder, K=1, with the prompt as its only row."""
+        decoder, layer = nn.Module(), _StandIn()
+        layer.self_attn = _StandIn()
+        layer.self_attn.q_proj = _StandIn()
+        decoder.layers = nn.ModuleList([layer, _StandIn()])
+        prefill = Prefill(rows=[Row(plan)], columns=plan.prompt_tokens)
+        hooks = LayerHooks(
+            selector=registry().selector(method),
+            layer=1,
+            layers=2,
+            config=None,
+            head_dim=1 if queries is None else queries.shape[2],
+            query_norm=False,
+            digest="",
         )
-        return [list(span.kept) for span in row.record().spans]
-
-    def server_command(self, arguments: Sequence[str]) -> NoReturn:
-        """Not offered: plain transformers runs inside your own program."""
-        raise UnsupportedError("transformers has no server; use enable(...) in your own program")
+        for hook in hooks:
+            hook.attach(decoder)
+        shown = torch.ones(1, plan.prompt_tokens, dtype=torch.bool)
+        hooks.thread.current = ForwardPass(shown, prefill=prefill)
+        states = torch.empty(plan.prompt_tokens, 1) if hidden is None else hidden
+        states = states[None].to(device)
+        if queries is not None:
+            layer.self_attn.q_proj(queries.flatten(1)[None].to(device))
+        decoder.layers[1](states, position_embeddings=(states, states))
+        return [unit.chosen.tolist() for unit in prefill.units]
 
     def open(
         self,
@@ -97,6 +110,14 @@ class TransformersBackend(Backend):
         if serving not in (None, Serving()):
             raise UnsupportedError("transformers runs each batch whole; leave serving out")
         return TransformersSession(model, policy, device, dtype)
+
+
+class _StandIn(nn.Module):
+    """In the place of a layer or of a part of it: gives back what it gets."""
+
+    def forward(self, states: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """The states as they are."""
+        return states
 
 
 class TransformersSession(Session):
@@ -119,14 +140,12 @@ class TransformersSession(Session):
         except Exception as error:  # a damaged checkpoint can raise anything
             raise EntropyPruneError(f"{model} cannot be loaded: {error}") from None
         self.model.to(device).eval()
-        self._config = self.model.config.to_dict()
-        self._family = registry().family(self._config["model_type"])
         self.pruning = None if policy is None else enable(self.model, policy)
 
     def __exit__(self, *exception: object) -> None:
         if self.pruning is not None:
             self.pruning.disable()
-        del self.model
+        del self.model, self.pruning
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer the requests as one batch, padded on the left."""
@@ -173,40 +192,37 @@ class TransformersSession(Session):
         inputs = self._encode([request])
         with torch.inference_mode():
             states = self.model(**inputs, output_hidden_states=True).hidden_states
+        config = self.model.config.to_dict()
+        family = registry().family(config["model_type"])
+        units = family.units(config, family.find(config, inputs["input_ids"][0].tolist()))
+        tokens = [torch.tensor(unit.offsets) + unit.start for unit in units]
         # the last state comes after the final norm and is no layer's input
-        return [
-            [layer_entropy(state[0, span.start : span.stop]) for state in states[:-1]]
-            for span in self._spans(inputs["input_ids"][0].tolist())
-        ]
+        return [[layer_entropy(state[0, own]) for state in states[:-1]] for own in tokens]
 
     def _encode(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
-        inputs = encode(self.processor, [request.content for request in requests])
-        inputs = inputs.to(self.model.device)
-        for ids, request in zip(inputs["input_ids"].tolist(), requests, strict=True):
-            pictures = sum(isinstance(part, Path) for part in request.content)
-            if len(self._spans(ids)) != pictures:
+        texts = [part for one in requests for part in one.content if isinstance(part, str)]
+        for token in ("image_token", "video_token"):
+            placeholder = getattr(self.processor, token, None)
+            if placeholder and any(placeholder in text for text in texts):
                 raise EntropyPruneError(
-                    f"the prompt has {len(self._spans(ids))} places for {pictures} pictures; does "
-                    "its text contain the model's image token?"
+                    f"the text contains {placeholder}, which stands for a picture or a video; "
+                    "leave it out, and name each picture as a file"
                 )
+        inputs = encode(self.processor, [request.content for request in requests])
         return {
             key: value.to(self.model.dtype) if value.is_floating_point() else value
-            for key, value in inputs.items()
+            for key, value in inputs.to(self.model.device).items()
         }
 
     def _records(self, inputs: Any) -> list[RequestRecord]:
         if self.pruning is not None:
             return self.pruning.records
-        return [RequestRecord(reason="no policy is set") for _ in inputs["input_ids"]]
+        return [RequestRecord(reason=Reason.NO_POLICY) for _ in inputs["input_ids"]]
 
     def _prompt_slots(self, cache: Any, prompt_columns: int) -> KVSlots:
         generated = cache.get_seq_length() - prompt_columns
         layer = self.pruning.policy.layer if self.pruning is not None else 0
         return KVSlots(prompt_columns, cache.get_seq_length(layer) - generated)
-
-    def _spans(self, token_ids: list[int]) -> list[VisualSpan]:
-        found = self._family.find(self._config, token_ids)
-        return [VisualSpan(one.run.start, one.run.stop) for one in found]
 
     def _until_end(self, ids: list[int]) -> list[int]:
         ends = self.model.generation_config.eos_token_id

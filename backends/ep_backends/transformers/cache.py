@@ -1,8 +1,15 @@
-"""The cache of a pruned prompt: its layer K remembers which columns layers >= K hold."""
+"""The cache of a pruned prompt: its layer K says which columns layers >= K hold.
+
+A `Cache` of transformers is a list of layers. Where a prompt was pruned, layer K of that list is a
+`PrunedLayer`: keys and values like any other layer's, and the `Slots` that tell what they stand
+for. It travels with the cache, so that a copy, a reordered batch or a later turn finds it.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from transformers import Cache
@@ -12,131 +19,149 @@ from ep_core.errors import UnsupportedError
 from ep_core.policy import PruningPolicy
 
 
-class HeldColumns(DynamicLayer):  # type: ignore[misc]  # transformers is untyped to mypy
-    """Layer K of a pruned cache; batch operations carry the columns along.
+@dataclass(frozen=True)
+class Slots:
+    """What layers >= K of a cache hold.
 
     Attributes:
-        columns: `[B, M]` int64, for each slot of layers >= K the column of layers < K that it
-            holds, or -1 where it pads a shorter row. None while the cache is empty.
+        columns: `[B, M]` int64, of each slot the column of layers < K that it holds, or -1 where
+            it pads a shorter row.
         padded: there may be a -1 among the columns.
         below: columns that layers < K hold.
         digest: of the policy that chose them.
     """
 
-    columns: torch.Tensor | None = None
-    padded: bool = False
-    below: int = 0
-    digest: str = ""
+    columns: torch.Tensor
+    padded: bool
+    below: int
+    digest: str
+
+    def behind(self, earlier: Slots) -> Slots:
+        """These slots behind earlier ones."""
+        columns = torch.cat([earlier.columns, self.columns], dim=1)
+        return replace(self, columns=columns, padded=earlier.padded or self.padded)
+
+
+class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped to mypy
+    """Layer K of a pruned cache; batch operations carry its slots along.
+
+    Attributes:
+        slots: what its keys and values stand for; None for every column of the layers below.
+        coming: the slots once the keys and values of this pass are there; None where pruning does
+            not take part in the pass.
+    """
+
+    slots: Slots | None = None
+    coming: Slots | None = None
 
     @classmethod
-    def join(
-        cls,
-        cache: Cache | None,
-        policy: PruningPolicy,
-        below: int,
-        columns: torch.Tensor,
-        padded: bool,
-    ) -> tuple[torch.Tensor, bool]:
-        """Append new columns to those that the cache holds.
+    def adopt(cls, layer: DynamicLayer) -> Self:
+        """A layer with the keys and values of another, which is left as it is."""
+        own = cls()
+        own.__dict__.update(vars(layer))
+        return own
 
-        Args:
-            cache: the cache of this pass, None where there is none.
-            policy: what is pruned, its layer settled.
-            below: columns in layers < K, the new ones included.
-            columns: `[B, M]` new columns that layers >= K hold.
-            padded: there may be a -1 among them.
+    @property
+    def pruned(self) -> bool:
+        """Does it hold a pruned prompt? One that was emptied does not."""
+        return self.slots is not None and self.get_seq_length() > 0
 
-        Returns:
-            All columns that layers >= K hold after this pass, and the same of them.
+    def announce(self, new: Slots) -> Slots:
+        """Say what the keys and values of this pass stand for; returns all slots after it."""
+        if self.pruned and self.slots is not None:
+            new = new.behind(self.slots)
+        elif cached := self.get_seq_length():
+            whole = torch.arange(cached, device=new.columns.device).expand(len(new.columns), -1)
+            new = new.behind(replace(new, columns=whole, padded=False))
+        self.coming = new
+        return new
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Append keys and values, which a pruned prompt takes from a pruned pass only.
+
+        Raises:
+            UnsupportedError: the pass that brings them does not know of pruning.
         """
-        if cache is None:
-            return columns, padded
-        assert isinstance(policy.layer, int)
-        if len(cache.layers) == policy.layer:  # a cache that grows by itself
-            cache.layers.append(cls())
-        layer = cache.layers[policy.layer]
-        if not isinstance(layer, cls):
-            layer.__class__ = cls  # keeps its keys and values
-            assert isinstance(layer, cls)
-        before = layer.columns
-        if before is None:
-            cached = layer.get_seq_length()
-            before = torch.arange(cached, device=columns.device).expand(len(columns), -1)
-        layer.columns = torch.cat([before, columns], dim=1)
-        layer.padded = layer.padded or padded
-        layer.below, layer.digest = below, policy.digest
-        return layer.columns, layer.padded
-
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self.columns, self.padded = None, False
+        if self.coming is None and self.pruned:
+            raise UnsupportedError(
+                "this cache holds a pruned prompt, and pruning is off; enable the policy that "
+                "pruned it to go on, or start from a new DynamicCache"
+            )
+        self.slots, self.coming = self.coming, None
+        return super().update(key_states, value_states, *args, **kwargs)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the batch."""
         super().reorder_cache(beam_idx)
-        if self.columns is not None:
-            self.columns = self.columns[beam_idx.to(self.columns.device)]
+        self._change_rows(lambda columns: columns[beam_idx.to(columns.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""
         super().batch_repeat_interleave(repeats)
-        if self.columns is not None:
-            self.columns = self.columns.repeat_interleave(repeats, dim=0)
+        self._change_rows(lambda columns: columns.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some rows of the batch."""
         super().batch_select_indices(indices)
-        if self.columns is not None:
-            self.columns = self.columns[indices]
+        self._change_rows(lambda columns: columns[indices])
 
-    def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def crop(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the tail of layers >= K is not the tail of the layers below."""
-        raise UnsupportedError("the cache of a pruned prompt cannot be cropped; start a new one")
+        if self.pruned:
+            raise UnsupportedError(
+                "the cache of a pruned prompt cannot be cropped; start from a new DynamicCache"
+            )
+        super().crop(*args, **kwargs)
+
+    def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.slots is not None:
+            self.slots = replace(self.slots, columns=change(self.slots.columns))
 
 
-def check_cache(cache: Any, policy: PruningPolicy) -> HeldColumns | None:
-    """Refuse caches that cannot be pruned or continued.
-
-    Returns:
-        Layer K of a cache that holds a pruned prompt, None for any other.
+def check_cache(cache: Any, policy: PruningPolicy) -> bool:
+    """Refuse caches that cannot be pruned or continued; does it hold a pruned prompt?
 
     Raises:
         UnsupportedError: layers of this cache cannot differ in length, or another policy pruned it.
     """
     kinds = {type(layer) for layer in cache.layers} if isinstance(cache, Cache) else {type(cache)}
-    if wrong := kinds - {DynamicLayer, HeldColumns}:
+    if wrong := kinds - {DynamicLayer, PrunedLayer}:
         raise UnsupportedError(
             "pruning works with a DynamicCache of full-attention layers, which may differ in "
             f"length; got {type(cache).__name__} with {wrong.pop().__name__}"
         )
     if cache.offloading:
         raise UnsupportedError("pruning does not work with an offloaded cache")
-    held = held_columns(cache)
-    if held is None:
-        return None
-    if cache.get_seq_length() == 0:  # emptied: it remembers nothing
-        held.columns, held.padded = None, False
-        return None
-    if held.digest != policy.digest:
+    slots = slots_of(cache)
+    if slots is None:
+        return False
+    if slots.digest != policy.digest:
         raise UnsupportedError(
             "this cache was pruned under another policy; start from a new DynamicCache"
         )
-    if cache.get_seq_length() != held.below:
-        raise UnsupportedError("the cache of a pruned prompt was cropped; start from a new one")
-    return held
+    if cache.get_seq_length() != slots.below:
+        raise UnsupportedError(
+            "the cache of a pruned prompt was cropped, or a pass over it failed; start from a new "
+            "DynamicCache"
+        )
+    return True
 
 
-def held_columns(cache: Cache) -> HeldColumns | None:
-    """Layer K of a cache that holds a pruned prompt, None for any other."""
+def slots_of(cache: Cache) -> Slots | None:
+    """What layers >= K of a cache hold, if it holds a pruned prompt."""
     for layer in cache.layers:
-        if isinstance(layer, HeldColumns) and layer.columns is not None:
-            return layer
+        if isinstance(layer, PrunedLayer) and layer.pruned:
+            return layer.slots
     return None
 
 
-def from_layer(cache: Cache | None, layer: int) -> Cache | None:
-    """A view of a cache's layers from `layer` on, or None while they are empty."""
-    if cache is None or cache.get_seq_length(layer) == 0:
-        return None
-    return Cache(layers=cache.layers[layer:])
+def pruned_layer(cache: Cache, layer: int) -> PrunedLayer:
+    """Layer K of a cache that is about to hold a pruned prompt, in the place of what was there."""
+    if len(cache.layers) == layer:  # a cache that grows by itself
+        cache.layers.append(PrunedLayer())
+    if not isinstance(cache.layers[layer], PrunedLayer):
+        cache.layers[layer] = PrunedLayer.adopt(cache.layers[layer])
+    found: PrunedLayer = cache.layers[layer]
+    return found

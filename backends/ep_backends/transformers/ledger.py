@@ -1,85 +1,132 @@
 """Where this backend reaches into transformers, and what it cannot work with.
 
-Everything is attached through official doors (module hooks, one instance attribute); the points
-below are what those doors rely on.
+Hooks of modules are official doors; `POINTS` lists what they rely on: the inputs of a layer by
+name, the methods of a cache's layer that `PrunedLayer` overrides, functions that are called or
+replaced, and the private attributes that are read.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicLayer
 
+from ep_backends.transformers.batch import Row
+from ep_backends.transformers.cache import PrunedLayer
+from ep_backends.transformers.families import FAMILIES
 from ep_core.budget import FlopsReduction
 from ep_core.errors import UnsupportedError
-from ep_core.family import Family
 from ep_core.patching import AttachPoint, missing_parameters
 from ep_core.policy import PruningPolicy
-from ep_core.selectors import Selector
+from ep_core.settings import Settings
 
-_LAYER_INPUTS = (
-    "hidden_states",
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "position_embeddings",
-)
-_DECODER_LAYERS = (
-    "transformers.models.llama.modeling_llama:LlamaDecoderLayer",
-    "transformers.models.qwen2.modeling_qwen2:Qwen2DecoderLayer",
-    "transformers.models.qwen2_vl.modeling_qwen2_vl:Qwen2VLDecoderLayer",
-    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VLDecoderLayer",
-)
+TESTED = ("5.17.0", "5.19.0", "5.23.0")
+
+LAYER_INPUTS = ("hidden_states", "attention_mask", "past_key_values", "position_embeddings")
+GENERATE = ("generation_config", "assistant_model", "custom_generate")
+CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
+
+_LAYERS = sorted({layer for family in FAMILIES.values() for layer in family.decoders})
+_OVERRIDDEN = [name for name in vars(PrunedLayer) if name[0] != "_" and hasattr(DynamicLayer, name)]
+_CACHES = "transformers.cache_utils"
+_GENERATION = "transformers.generation"
+_CONTINUOUS = f"{_GENERATION}.continuous_batching.continuous_api:ContinuousMixin"
 
 POINTS = (
     *(
         AttachPoint(
-            f"{layer}.forward",
-            _LAYER_INPUTS,
+            f"transformers.models.{layer}.forward",
+            LAYER_INPUTS,
             "layers >= K get shorter inputs, passed by these names",
             "forward hooks are official; the names of a layer's inputs are convention",
             "transformers offers token dropping inside the decoder",
         )
-        for layer in _DECODER_LAYERS
+        for layer in _LAYERS
+    ),
+    *(
+        AttachPoint(
+            f"{_CACHES}:DynamicLayer.{name}",
+            (),
+            "overridden: layer K of a pruned cache says which columns layers >= K hold",
+            "a cache's layers are public classes; what they do to themselves is convention",
+            "transformers offers token dropping inside the decoder",
+        )
+        for name in _OVERRIDDEN
+    ),
+    *(
+        AttachPoint(
+            f"{_CACHES}:{name}",
+            (),
+            "read: how many columns a cache, or one of its layers, holds",
+            "public method",
+            "transformers offers token dropping inside the decoder",
+        )
+        for name in ("Cache.get_seq_length", "DynamicLayer.get_seq_length")
     ),
     AttachPoint(
         "transformers.masking_utils:create_causal_mask",
-        ("config", "inputs_embeds", "attention_mask", "past_key_values"),
+        (
+            "config",
+            "inputs_embeds",
+            "attention_mask",
+            "past_key_values",
+            "layer_idx",
+            "allow_is_causal_skip",
+        ),
         "builds the mask of layers >= K with the engine's own rules for each attention kind",
         "public function, used by every model file",
-        "layers of one cache may differ in length without a mask of their own",
+        "transformers offers token dropping inside the decoder",
     ),
     AttachPoint(
-        "transformers.cache_utils:Cache.__init__",
-        ("layers",),
-        "a view of the cache's layers >= K tells the mask builder their length",
-        "public constructor",
-        "create_causal_mask takes layer_idx in every supported version",
-    ),
-    AttachPoint(
-        "transformers.generation.utils:GenerationMixin.generate",
-        ("generation_config", "assistant_model", "custom_generate"),
-        "refuses options that pruning cannot work with, before anything runs",
+        f"{_GENERATION}.utils:GenerationMixin.generate",
+        GENERATE,
+        "replaced: refuses options that pruning cannot work with, before anything runs",
         "none: generate has no validation door",
         "transformers lets a model veto generation options",
     ),
+    *(
+        AttachPoint(
+            f"{_CONTINUOUS}.{name}",
+            (),
+            "replaced: continuous batching is refused",
+            "none: it has no validation door",
+            "transformers lets a model veto generation options",
+        )
+        for name in CONTINUOUS_BATCHING
+    ),
     AttachPoint(
-        "transformers.generation.configuration_utils:GenerationConfig.get_generation_mode",
+        f"{_GENERATION}.configuration_utils:GenerationConfig.get_generation_mode",
         ("assistant_model",),
         "names the decoding method that a call will use",
         "public method",
         "transformers lets a model veto generation options",
     ),
+    AttachPoint(
+        "transformers.configuration_utils:PreTrainedConfig._attn_implementation.fget",
+        (),
+        "read: the attention kernels of the decoder",
+        "private name of a public option",
+        "transformers says it under a public name",
+    ),
+    AttachPoint(
+        "torch._dynamo.eval_frame:OptimizedModule",
+        ("mod",),
+        "read: `_orig_mod`, and `_compiled_call_impl` of a module; a graph that was traced before "
+        "knows no hooks",
+        "none: torch does not say whether a module is compiled",
+        "compiled modules notice hooks that come later",
+    ),
 )
 
-# what else a decoder layer gets with one entry for each token
-CUT_ALONG = ("position_embeddings", "position_ids")
-
 ATTENTION = ("sdpa", "eager")
+IGNORED = -100  # transformers' label for what the loss leaves out
 GENERATION_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 _BY_LAYER = {
@@ -92,47 +139,94 @@ _REFUSED_OPTIONS = _BY_LAYER | {
 }
 
 
-def check_decoder(decoder: Any, family: Family, selector: Selector, *, query_norm: bool) -> None:
+@functools.cache
+def warn_of_untested_version() -> None:
+    """Say once that the tests never ran with this version, if it is newer or older than those."""
+    installed, tested = version("transformers"), [_series(one) for one in TESTED]
+    if not tested[0] <= _series(installed) <= tested[-1]:
+        warnings.warn(
+            f"pruning was never tested with transformers {installed}; tested are {TESTED[0]} to "
+            f"{TESTED[-1]}. `entropyprune doctor` checks what it relies on",
+            stacklevel=3,
+        )
+
+
+def _series(number: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in number.split(".")[:2])
+
+
+def check_decoder(decoder: Any, settings: Settings) -> None:
     """Refuse decoders that the hooks, or the method, do not fit.
 
     Raises:
         UnsupportedError: with the property, and what is supported.
     """
-    config, first = decoder.config, decoder.layers[0]
-    if config._attn_implementation not in ATTENTION:
+    implementation, first = decoder.config._attn_implementation, decoder.layers[0]
+    if implementation not in ATTENTION:
         raise UnsupportedError(
-            f"attention implementation {config._attn_implementation!r} is not proven with "
-            f"pruning; load the model with attn_implementation set to one of {', '.join(ATTENTION)}"
+            f"attention implementation {implementation!r} is not proven with pruning; load the "
+            f"model with attn_implementation set to one of {', '.join(ATTENTION)}"
         )
-    if "attention" in selector.needs and config._attn_implementation != "eager":
+    if "attention" in settings.selector.needs and implementation != "eager":
         raise UnsupportedError(
-            f"method {selector.name!r} reads attention maps, which "
-            f"{config._attn_implementation!r} does not give; load the model with "
-            "attn_implementation='eager'"
+            f"method {settings.selector.name!r} reads attention maps, which {implementation!r} "
+            "does not give; load the model with attn_implementation='eager'"
         )
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if getattr(config, "sliding_window", None):
-        kinds.add("sliding_attention")
-    if kinds != {"full_attention"}:
-        raise UnsupportedError(
-            f"a decoder with {', '.join(sorted(kinds - {'full_attention'}))} is not supported; "
-            "supported is full_attention in every layer"
-        )
-    names = ("hidden_states", "attention_mask", "past_key_values", *CUT_ALONG)
-    missing = missing_parameters(first.forward, names)
-    attention = getattr(first, "self_attn", None)
-    source = "q_norm" if query_norm else "q_proj"
-    if not hasattr(attention, source):
-        missing.append(f"self_attn.{source}")
+    missing = missing_parameters(first.forward, LAYER_INPUTS)
+    attention, query_norm = getattr(first, "self_attn", None), settings.decoder.query_norm
+    if "queries" in settings.selector.needs:
+        source = "q_norm" if query_norm else "q_proj"
+        missing += [] if hasattr(attention, source) else [f"self_attn.{source}"]
     if missing:
         raise UnsupportedError(
             f"{type(first).__name__} has no {', '.join(missing)}, which pruning relies on"
         )
-    if hasattr(attention, "q_norm") and not query_norm:
+    if "queries" in settings.selector.needs and hasattr(attention, "q_norm") and not query_norm:
         raise UnsupportedError(
             f"{type(first).__name__} normalises its queries, which the family "
-            f"{family.name} does not know of; supported are decoders like Llama, Qwen2 and Qwen3"
+            f"{settings.family.name} does not know of; supported are decoders like Llama, Qwen2 "
+            "and Qwen3, or a method that reads no queries"
         )
+
+
+def check_not_compiled(model: Any, base: Any, decoder: Any, hooked: Mapping[str, Any]) -> None:
+    """Refuse modules whose graphs were traced without the hooks that they are about to get.
+
+    Args:
+        model, base, decoder: the model and the parts around the layers.
+        hooked: modules of the decoder that get hooks, by path.
+
+    Raises:
+        UnsupportedError: one of them, or one around them, is compiled.
+    """
+    around = {"the model": model, "its base model": base, "its decoder": decoder}
+    for path in hooked:
+        parts = path.split(".") if path else []
+        inner = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        around |= {name: decoder.get_submodule(name) for name in inner}
+    for name, module in around.items():
+        if (
+            uncompiled(module) is not module
+            or module._compiled_call_impl is not None
+            or hasattr(module.forward, "_torchdynamo_orig_callable")
+        ):
+            raise UnsupportedError(
+                f"{name} is compiled, and its graph may have been traced without hooks; load the "
+                "model anew, and enable pruning before torch.compile"
+            )
+
+
+def uncompiled(module: Any) -> Any:
+    """The module inside the wrapper that torch.compile puts around it."""
+    return getattr(module, "_orig_mod", module)
+
+
+def replaced(what: str) -> UnsupportedError:
+    """The error for a module that lost its hook."""
+    return UnsupportedError(
+        f"{what} was replaced after pruning was enabled, as adapters and quantisation do; disable "
+        "pruning and enable it again"
+    )
 
 
 def check_inputs(module: nn.Module, decoder: Any, given: dict[str, Any]) -> None:
@@ -153,8 +247,30 @@ def check_inputs(module: nn.Module, decoder: Any, given: dict[str, Any]) -> None
         return
     # without a mask transformers reads packed prompts off the text positions
     text = positions[0] if positions.ndim == 3 and len(positions) == 4 else positions
-    if text.ndim == 2 and bool((text.diff(dim=-1) != 1).any()):
+    if text.ndim == 2 and text.shape[1] > 1 and bool((text.diff(dim=-1) != 1).any()):
         raise _refusal("packed position_ids", "several prompts in one row cannot be told apart")
+
+
+def check_labels(labels: torch.Tensor, rows: Sequence[Row]) -> None:
+    """Refuse labels that are predicted by a token which may be dropped, as by padding.
+
+    Args:
+        labels: `[B, N]`, IGNORED where nothing is predicted. The label of a column is predicted by
+            the column before it.
+        rows: of the pass, at least one of which drops tokens.
+    """
+    unanswered = sum(
+        label != IGNORED and row.may_lack(column - 1)
+        for row, own in zip(rows, labels.tolist(), strict=True)
+        for column, label in enumerate(own)
+        if column > 0
+    )
+    if unanswered:
+        raise UnsupportedError(
+            f"labels without a prediction: {unanswered}, which follow a visual token that may be "
+            f"dropped, or padding; set to {IGNORED} the labels of pictures, the one behind each "
+            "picture and the one behind left padding"
+        )
 
 
 def check_generation(default: Any, policy: PruningPolicy, arguments: dict[str, Any]) -> None:

@@ -7,16 +7,35 @@ from typing import Any
 
 import torch
 
-from ep_backends.transformers.processor import encode
+from ep_backends.shared.processor import encode
 from ep_core.backend import Answer, Backend, BackendSpec, Capabilities, KVSlots, Request, Session
 from ep_core.checkpoint import read_config
+from ep_core.compaction import Pass
 from ep_core.errors import UnsupportedError
 from ep_core.hookspecs import hookimpl
+from ep_core.plan import Reason, RequestPlan
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
-from ep_core.report import SpanRecord
-from ep_core.spans import plan, select, staying
+from ep_core.report import RequestRecord
+from ep_core.selectors import Selector
+from ep_core.settings import Settings
 from loop_engine.engine import Engine
+
+
+class Prefill:
+    """One prompt on its way into layer K."""
+
+    def __init__(self, plan: RequestPlan, selector: Selector) -> None:
+        self.selector, self.current = selector, Pass()
+        self.current.add(plan, plan.prompt_tokens)
+
+    def cut(self, queries: Any, x: torch.Tensor, positions: torch.Tensor) -> Any:
+        self.current.choose(self.selector, x, queries)
+        return self.current.take(x), self.current.take(positions, dim=1)
+
+    @property
+    def kept(self) -> list[list[int]]:
+        return [unit.chosen.tolist() for unit in self.current.units]
 
 
 class LoopBackend(Backend):
@@ -28,8 +47,11 @@ class LoopBackend(Backend):
     def attention(self, device: str) -> str:
         return "sdpa"
 
-    def select(self, method: str, *arguments: Any, device: str = "cpu", **inputs: Any) -> Any:
-        return [k.tolist() for k in select(registry().selector(method), *arguments, **inputs)]
+    def select(self, method: str, plan: RequestPlan, **inputs: Any) -> list[list[int]]:
+        prefill, queries = Prefill(plan, registry().selector(method)), inputs.get("queries")
+        x = inputs["hidden"] if queries is None else queries.flatten(1)
+        prefill.cut(queries, x, torch.arange(len(x)).expand(3, -1))
+        return prefill.kept
 
     def open(self, model: Path, policy: PruningPolicy | None, **options: Any) -> Session:
         config = read_config(model)
@@ -41,40 +63,35 @@ class LoopBackend(Backend):
 class LoopSession(Session):
     def __init__(self, config: Any, policy: PruningPolicy | None, engine: Engine) -> None:
         self.config, self.engine = config, engine
-        self.adapter = registry().adapter(config["model_type"])
-        self.shape = self.adapter.decoder_shape(config)
-        self.policy = policy and policy.at_layer(self.adapter.default_layer, self.shape.layers)
+        self.settings = None if policy is None else Settings.of(policy, config)
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         return [self._answer(request) for request in requests]
 
+    def _plan(self, ids: list[int]) -> RequestPlan:
+        family = registry().family(self.config["model_type"])
+        units = family.units(self.config, family.find(self.config, ids))
+        if self.settings is None:
+            return RequestPlan.whole(units, len(ids), Reason.NO_POLICY)
+        return self.settings.plan(units, len(ids))
+
     def _answer(self, request: Request) -> Answer:
         inputs = encode(self.engine.processor, [request.content])
-        ids = inputs["input_ids"][0].tolist()
-        spans, policy = self.adapter.find_spans(self.config, ids), self.policy
-        kept, cuts = [torch.arange(len(span)) for span in spans], {}
-        if policy is not None and spans:
-            sizes = {"layer": policy.layer, "shape": self.shape, "prompt_tokens": len(ids)}
-            keep = plan(policy, spans, **sizes)
-
-            def cut(queries: Any, x: torch.Tensor, positions: torch.Tensor) -> Any:
-                selector = registry().selector(policy.method)
-                kept[:] = select(selector, spans, keep, queries=queries, hidden=x)
-                rows = staying(len(x), spans, kept)
-                return x[rows], positions[:, rows]
-
-            cuts = {policy.layer: cut}
+        plan = self._plan(inputs["input_ids"][0].tolist())
+        cuts, kept = {}, []
+        if self.settings is not None and plan.dropped:
+            prefill = Prefill(plan, self.settings.selector)
+            cuts = {self.settings.layer: prefill.cut}
         tokens, logits, slots = self.engine.generate(inputs, request.max_new_tokens, cuts)
+        if cuts:
+            kept = prefill.kept
         return Answer(
             output_ids=tuple(tokens),
             text=self.engine.processor.decode(tokens, skip_special_tokens=True).strip(),
-            prompt_tokens=len(ids),
-            spans=tuple(
-                SpanRecord(span.start, span.stop, tuple(own.tolist()))
-                for span, own in zip(spans, kept, strict=True)
-            ),
+            prompt_tokens=plan.prompt_tokens,
+            spans=RequestRecord.of(plan, kept).spans,
             kv=KVSlots(*slots),
-            reason=None if cuts else "no policy, or no pictures",
+            reason=plan.why,
             logits=logits,
         )
 

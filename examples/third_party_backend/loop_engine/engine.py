@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText
 
-from ep_backends.transformers.processor import load_processor
+from ep_backends.shared.processor import load_processor
 
 Cut = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 

@@ -4,14 +4,11 @@ import gc
 
 import numpy as np
 import pytest
-
-from ep_core.family import PatchGrid
-from ep_core.report import SpanRecord
-
-pytest.importorskip("PIL", reason="pictures come with the extra cli")
 from PIL import Image
 
-from ep_core.overlay import CAPTION, DIMMED, HEIGHT, draw_overlay
+from entropyprune.cli.overlay import CAPTION, DIMMED, HEIGHT, draw_overlay
+from ep_core.family import PatchGrid
+from ep_core.report import SpanRecord
 
 
 def mosaic(path, rows, columns, *, size, seed=0):
@@ -166,23 +163,3 @@ def test_a_picture_without_its_span_is_an_error(tmp_path):
     mosaic(picture, 1, 1, size=(8, 8))
     with pytest.raises(ValueError, match="shorter"):
         draw_overlay([picture], [], [PatchGrid(1, 1, (0, 0, 8, 8))], tmp_path / "out.png")
-
-
-def test_a_picture_is_read_upright(tmp_path):
-    """Phones store pictures sideways and say so in EXIF; engines and viewers turn them."""
-    from ep_core.pictures import read_picture
-
-    picture = Image.new("RGB", (6, 4), "red")
-    exif = picture.getexif()
-    exif[0x0112] = 6  # rotate by 90 degrees to show
-    picture.save(tmp_path / "phone.jpg", exif=exif)
-    assert read_picture(tmp_path / "phone.jpg").size == (4, 6)
-
-
-def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
-    from ep_core.pictures import read_picture
-
-    deep = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    grey = np.asarray(read_picture(tmp_path / "deep.png"))[..., 0]
-    assert np.array_equal(grey, deep >> 8)

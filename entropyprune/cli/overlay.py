@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ep_backends.shared.pictures import read_picture
 from ep_core.family import PatchGrid
-from ep_core.pictures import read_picture
 from ep_core.report import SpanRecord
 
 HEIGHT = 672  # pixels of each drawn picture

@@ -1,4 +1,4 @@
-"""What several commands of the command line share: options, a model's facts, finding an engine."""
+"""What several commands share: options, a checkpoint's facts, finding a policy and an engine."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 
-from ep_core.backend import DTYPES, Answer, Backend
+from ep_backends.shared.pictures import read_picture
+from ep_core.backend import DTYPES, Backend
 from ep_core.budget import DecoderShape
 from ep_core.checkpoint import read_config
 from ep_core.errors import EntropyPruneError
 from ep_core.family import Family
-from ep_core.overlay import draw_overlay
-from ep_core.pictures import read_picture
-from ep_core.plugins import registry
-from ep_core.policy import PruningPolicy
+from ep_core.plugins import OURS, registry
+from ep_core.policy import ENV, EXAMPLE, PruningPolicy
+from ep_core.settings import Settings
 
 
-class PolicyType(click.ParamType[PruningPolicy]):
+class PolicyType(click.ParamType):  # type: ignore[type-arg] # generic from click 8.4 on only
     """A policy in one line or as JSON."""
 
     name = "policy"
@@ -66,7 +67,14 @@ model_option = click.option(
     help="Folder of a checkpoint in Hugging Face layout.",
 )
 backend_option = click.option(
-    "--backend", default="transformers", show_default=True, help="Engine; see `entropyprune list`."
+    "--backend",
+    default="transformers",
+    show_default=True,
+    metavar="NAME",
+    help="Engine; see `entropyprune list`.",
+)
+policy_option = click.option(
+    "--policy", type=PolicyType(), help=f'Such as "{EXAMPLE}"; default: the variable {ENV}.'
 )
 device_option = click.option(
     "--device",
@@ -80,6 +88,11 @@ dtype_option = click.option(
 )
 
 
+def console(*, stderr: bool = False) -> Console:
+    """Where tables go; what a model says in a cell is printed as it is."""
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """What the command line reads of a checkpoint before an engine loads it."""
@@ -87,48 +100,57 @@ class ModelFacts:
     config: dict[str, Any]
     family: Family
     shape: DecoderShape
-    policy: PruningPolicy | None
+    settings: Settings | None
 
     @classmethod
     def of(cls, model: Path, policy: PruningPolicy | None) -> ModelFacts:
-        """Read config.json and settle the policy's layer."""
+        """Read config.json and settle the policy."""
         config = read_config(model)
         family = registry().family(config["model_type"])
-        shape = family.decoder(config).shape
-        if policy is not None:
-            policy = policy.at_layer(family.default_layer, shape.layers)
-            registry().selector(policy.method)
-        return cls(config, family, shape, policy)
+        settings = None if policy is None else Settings.of(policy, config)
+        return cls(config, family, family.decoder(config).shape, settings)
+
+    @property
+    def policy(self) -> PruningPolicy | None:
+        """The policy with its layer settled, or None."""
+        return None if self.settings is None else self.settings.policy
 
     @property
     def layer(self) -> int:
         """The pruning layer, or the number of layers where nothing is pruned."""
-        return self.shape.layers if self.policy is None else int(self.policy.layer)
+        return self.shape.layers if self.settings is None else self.settings.layer
 
-    def flops(self, answer: Answer) -> int:
-        """Prefill FLOPs of the language model for an answered prompt."""
-        dropped = sum(span.stop - span.start - len(span.kept) for span in answer.spans)
-        tokens = answer.prompt_tokens
-        return self.shape.prefill_flops(tokens, tokens - dropped, self.layer)
 
-    def draw(self, images: tuple[Path, ...], answer: Answer, out: Path) -> None:
-        """Draw the pictures with what was kept of each."""
-        if len(answer.spans) != len(images):
-            raise EntropyPruneError(f"no overlay: {answer.reason or 'the engine names no spans'}")
-        grids = [
-            self.family.patch_grid(self.config, span.stop - span.start, read_picture(path).size)
-            for path, span in zip(images, answer.spans, strict=True)
-        ]
-        draw_overlay(images, answer.spans, grids, out)
+def needed(policy: PruningPolicy | None) -> PruningPolicy:
+    """The policy that was given, or that of the environment; an error if there is neither."""
+    policy = policy or PruningPolicy.from_environment()
+    if policy is None:
+        raise EntropyPruneError(f'no policy: give --policy "{EXAMPLE}" or set {ENV}')
+    return policy
 
 
 def load_backend(name: str) -> Backend:
     """The engine of that name, imported; an error says how to install what is missing."""
+    spec = registry().backend(name)
     try:
-        return registry().backend(name).load()
+        return spec.load()
     except EntropyPruneError:
         raise
     except Exception as error:  # an engine that does not import can raise anything
         raise EntropyPruneError(
-            f"backend {name!r} cannot be loaded ({error}); run pip install 'entropyprune[{name}]'"
+            f"backend {name!r} {why_not_loaded(name, error)}{remedy(name)}"
         ) from None
+
+
+def why_not_loaded(name: str, error: Exception) -> str:
+    """What an engine's failed import means: it is missing, or it is there and broken."""
+    if isinstance(error, ModuleNotFoundError) and error.name == name:
+        return "is not installed"
+    return f"cannot be loaded ({error})"
+
+
+def remedy(name: str) -> str:
+    """How to install an engine that our backend supports; nothing for a stranger's backend."""
+    if registry().providers[f"backend {name}"] not in OURS:
+        return ""
+    return f"; run pip install 'entropyprune[{name}]'"

@@ -9,8 +9,8 @@ from typing import Any
 
 import transformers
 
+from ep_backends.shared.pictures import read_picture
 from ep_core.errors import EntropyPruneError, UnsupportedError
-from ep_core.pictures import read_picture
 
 _CLASS = "processor_class"
 
@@ -47,6 +47,11 @@ def encode(processor: Any, contents: Sequence[Sequence[str | Path]]) -> Any:
             return_dict=True,
             processor_kwargs={"padding": True, "return_tensors": "pt"},
         )
+    except StopIteration:  # transformers before 5.20 runs out of pictures without a word
+        raise EntropyPruneError(
+            f"the request cannot be encoded: its text holds {processor.image_token}, which stands "
+            "for a picture"
+        ) from None
     except (ValueError, TypeError, IndexError) as error:
         raise EntropyPruneError(f"the request cannot be encoded: {error}") from None
 

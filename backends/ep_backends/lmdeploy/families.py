@@ -1,0 +1,46 @@
+"""What differs from family to family in LMDeploy; needs no LMDeploy to be read.
+
+A family that is not here is tried where LMDeploy has its architecture: `ledger.check_decoder` looks
+at the decoder's layers and refuses by name what does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LMDeployFamily:
+    """A family that was tested in LMDeploy.
+
+    Attributes:
+        architecture: the class that the checkpoint's config.json names.
+        decoders: LMDeploy's classes of the layers, as `module:Class` in `lmdeploy.pytorch.models`.
+        moves_pictures: how LMDeploy's template rearranges a message, or "". Sessions of ours then
+            render the prompt themselves and hand over token ids, as clients of `/generate` may.
+        computes: what LMDeploy computes otherwise than the checkpoint asks, pruned or not, or "".
+    """
+
+    architecture: str
+    decoders: tuple[str, ...]
+    moves_pictures: str = ""
+    computes: str = ""
+
+
+FAMILIES: Mapping[str, LMDeployFamily] = {
+    "qwen2_vl": LMDeployFamily(
+        "Qwen2VLForConditionalGeneration",
+        ("qwen2_vl:Qwen2DecoderLayer",),
+        computes="the vision encoder with GELU where the checkpoint asks for quick GELU",
+    ),
+    "qwen2_5_vl": LMDeployFamily(
+        "Qwen2_5_VLForConditionalGeneration", ("qwen2_vl:Qwen2DecoderLayer",)
+    ),
+    "llava": LMDeployFamily(
+        "LlavaForConditionalGeneration",
+        ("llama:LlamaDecoderLayer", "qwen2:Qwen2DecoderLayer"),
+        moves_pictures="a message's pictures come first, then its first text; others are left out",
+    ),
+    "internvl": LMDeployFamily("InternVLForConditionalGeneration", ("qwen2:Qwen2DecoderLayer",)),
+}

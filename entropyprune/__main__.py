@@ -1,0 +1,5 @@
+"""`python -m entropyprune`: the command line."""
+
+from entropyprune.cli.main import main
+
+main()
