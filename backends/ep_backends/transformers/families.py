@@ -18,11 +18,11 @@ class TransformersFamily:
 
     Attributes:
         decoders: classes of its decoders' layers, as `module:Class` in `transformers.models`.
-        checkpoints: which checkpoints those are, as a phrase.
+        works: which of its checkpoints, for a table of models.
     """
 
     decoders: tuple[str, ...]
-    checkpoints: str
+    works: str
 
 
 LLAMA = "llama.modeling_llama:LlamaDecoderLayer"
