@@ -18,7 +18,7 @@ class TransformersFamily:
 
     Attributes:
         decoders: classes of its decoders' layers, as `module:Class` in `transformers.models`.
-        works: which checkpoints those are, as a phrase for tables.
+        works: which of its checkpoints, for a table of models.
     """
 
     decoders: tuple[str, ...]
