@@ -8,6 +8,7 @@ python -m benchmarks.pretrained.export FOLDER/tuned.pt MODEL_FOLDER
 import argparse
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -25,10 +26,12 @@ from benchmarks.pretrained.model import (
 )
 
 
-def export(
-    model: Qwen2_5_VLForConditionalGeneration, tokenizer: Tokenizer, folder: Path
-) -> None:
-    """Write weights in bfloat16, with low-rank updates merged, tokenizer and configurations."""
+def export(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write weights in bfloat16, with low-rank updates merged, tokenizer and configurations.
+
+    The folder is complete whenever it exists.
+    """
+    final, folder = folder, folder.with_name(f"{folder.name}.tmp")
     model = copy.deepcopy(model)
     merge_updates(model)
     model = model.bfloat16()
@@ -51,6 +54,9 @@ def export(
     wrapped.save_pretrained(folder)
     config = json.dumps(processor_config(), indent=2, sort_keys=True)
     (folder / "processor_config.json").write_text(config + "\n")
+    if final.exists():
+        shutil.rmtree(final)
+    folder.rename(final)
 
 
 def main() -> None:

