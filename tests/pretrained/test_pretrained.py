@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("skimage", reason="drawing has requirements of its own: make setup-pretrained")
+pytest.importorskip("skimage", reason="drawing has requirements of its own: make test-pretrained")
 
 from transformers import Qwen2_5_VLForConditionalGeneration
 
