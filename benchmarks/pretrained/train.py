@@ -60,8 +60,8 @@ class Stage:
 
 STAGES = (
     Stage("vision", 1800, 0.15, 0, 8, 1.0, 1.0, 2e-3, 0.0),
-    Stage("frozen", 700, 0.30, 4, 8, 0.3, 0.0, 1e-3, 0.0),
-    Stage("tuned", 1200, 0.55, 4, 8, 0.3, 0.0, 5e-4, 1e-3),
+    Stage("frozen", 1400, 0.30, 2, 4, 0.3, 0.0, 1e-3, 0.0),
+    Stage("tuned", 2400, 0.55, 2, 4, 0.3, 0.0, 5e-4, 1e-3),
 )
 SNAPSHOTS = (0, 50, 100, 200, 400, 800, 1600)  # steps whose weights are kept
 
