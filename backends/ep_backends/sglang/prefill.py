@@ -26,8 +26,6 @@ from ep_core.errors import UnsupportedError
 from ep_core.plan import RequestPlan
 from ep_core.selectors import Selector
 
-SLOTS = "slots"
-
 
 class LayerHooks:
     """The hooks of one decoder. They know nothing of a pass but what is on its batch."""
@@ -100,7 +98,7 @@ class LayerHooks:
         plan.choose(self._selector, hidden, ranks=self._ranks)
         self._drop(batch, plan)
         current.positions = plan.take(given["positions"], "positions", dim=-1)
-        slots = plan.take(slots, SLOTS)
+        slots = plan.take(slots, "slots")
         hidden = residual.set_written(plan.take(hidden, HIDDEN), batch)
         for unit in plan.units:
             if unit.waited is not None:
@@ -118,12 +116,9 @@ class LayerHooks:
         rows = on_host(batch.req_pool_indices_cpu, batch.req_pool_indices) if plan.units else []
         for ranked in plan.units:
             request, row = pass_of(batch).requests[ranked.request], rows[ranked.request]
-            home = self._attention.slots(row, ranked.unit.start, ranked.unit.stop)
             if request is not None:
+                home = self._attention.slots(row, ranked.unit.start, ranked.unit.stop)
                 request.dropped.add(self._attention.drop(home[ranked.gone]))
-            if ranked.waited is not None:
-                # the table says where they are now
-                ranked.waited.rows[SLOTS] = home[: len(ranked.waited)]
 
     def after_last_layer(
         self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
