@@ -221,7 +221,7 @@ class ForwardPass:
         queries: `[B*N, H, D]` of layer K-1, until the tokens are chosen.
         attention: `[B, H, N, N]` of layer K-1, until the tokens are chosen.
         later_inputs: by name, what layers >= K get in the place of the decoder's own.
-        layers: how many layers >= K got them so far.
+        steps: hooks of layers >= K that ran so far.
     """
 
     shown: torch.Tensor
@@ -231,7 +231,7 @@ class ForwardPass:
     queries: torch.Tensor | None = None
     attention: torch.Tensor | None = None
     later_inputs: dict[str, Any] = field(default_factory=dict)
-    layers: int = 0
+    steps: int = 0
 
     @property
     def cut(self) -> Prefill | None:

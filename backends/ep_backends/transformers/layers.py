@@ -155,7 +155,7 @@ class LayerHooks:
                 allow_is_causal_skip=False,  # whether it hides anything would have to be waited for
             )
         current.later_inputs["attention_mask"] = mask
-        current.layers += 1
+        current.steps += 1
         kwargs = kwargs | current.later_inputs
         if args:
             return (hidden, *args[1:]), kwargs
@@ -173,13 +173,28 @@ class LayerHooks:
         current = self.thread.current
         if current is None or not current.acts:
             return None
-        current.layers += 1
+        current.steps += 1
         return args, kwargs | current.later_inputs
 
     def _after_last_layer(
         self, module: nn.Module, args: Any, output: torch.Tensor
     ) -> torch.Tensor | None:
         current = self.thread.current
-        if current is None or current.cut is None:
+        if current is None or not current.acts:
             return None
-        return current.cut.spread_columns(output)
+        self.check_steps(current, self.steps - 1)
+        current.steps += 1
+        return None if current.cut is None else current.cut.spread_columns(output)
+
+    @property
+    def steps(self) -> int:
+        """Hooks of layers >= K that run in a pass."""
+        return self.layers - self.layer + 1
+
+    def check_steps(self, current: ForwardPass, expected: int) -> None:
+        """Refuse to go on where a layer ran without its hook."""
+        if current.steps != expected:
+            raise UnsupportedError(
+                f"only {current.steps} of {expected} hooks ran in the decoder's layers, so the "
+                "answer would be wrong; disable pruning and enable it again"
+            )
