@@ -130,6 +130,12 @@ def test_a_left_padded_batch_equals_each_prompt_alone(family, model, method):
             assert_close(logits(together)[i], logits(alone)[0], f"prompt {i} in a batch and alone")
     assert records[2].reason is not None
     assert all(records[i].reason is None for i in (0, 1, 3))
+    longest = max(
+        int(mask.sum()) - sum(s.stop - s.start - len(s.kept) for s in record.spans)
+        for mask, record in zip(batch["attention_mask"], records, strict=True)
+    )
+    held = [layer.get_seq_length() for layer in together.past_key_values.layers]
+    assert held[2:] == [longest + 5] * 2, "layers >= K hold more than the row that keeps most"
 
 
 def equal_lengths(family):
