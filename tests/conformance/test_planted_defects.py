@@ -17,7 +17,7 @@ import ep_conformance.__main__ as suite
 import ep_conformance.plugin
 from ep_backends.transformers import enable, layers
 from ep_backends.transformers.backend import TransformersBackend, TransformersSession
-from ep_backends.transformers.batch import Prefill
+from ep_backends.transformers.batch import PaddedPass
 from ep_conformance.recording import Recording
 from ep_conformance.selection_cases import tf32_rounded
 from ep_core import plugins
@@ -251,7 +251,7 @@ def by_chunk(current: Pass, choose: Choose, selector: Any, tensors: Any) -> None
         unit.kept = torch.cat([one, kept.get(cut, torch.arange(stop - cut)) + cut - start])
 
 
-def by_first_row(current: Prefill, choose: Choose, selector: Any, tensors: Any) -> None:
+def by_first_row(current: PaddedPass, choose: Choose, selector: Any, tensors: Any) -> None:
     """Select in every row by the queries and states of the first."""
     rows = torch.arange(current.tokens) % current.columns
     choose(current, selector, *(None if tensor is None else tensor[rows] for tensor in tensors))
@@ -275,7 +275,7 @@ def across_pictures(current: Pass, choose: Choose, selector: Any, tensors: Any) 
 def renumbered(cut: Any) -> Any:
     """Give kept tokens the positions 0, 1, 2, ... of a prompt that was short from the start."""
 
-    def broken(self: Prefill, values: torch.Tensor) -> torch.Tensor:
+    def broken(self: PaddedPass, values: torch.Tensor) -> torch.Tensor:
         kept: torch.Tensor = cut(self, values)
         rotary = values.shape[2] < 64  # cos and sin have head_dim entries, hidden states more
         return values[:, : kept.shape[1]].expand_as(kept) if rotary else kept
@@ -300,7 +300,7 @@ def planted(name: str | None) -> Iterator[None]:
         "each chunk by itself": (Pass, "choose", defective(by_chunk)),
         "everyone as the first": (Pass, "choose", defective(by_first_row)),
         "top-k across images": (Pass, "choose", defective(across_pictures)),
-        "re-indexed positions": (Prefill, "cut", renumbered),
+        "re-indexed positions": (PaddedPass, "cut", renumbered),
         "padding is seen": (layers, "Slots", unmasked),
     }
     with pytest.MonkeyPatch.context() as patch:

@@ -130,6 +130,12 @@ def test_a_left_padded_batch_equals_each_prompt_alone(family, model, method):
             assert_close(logits(together)[i], logits(alone)[0], f"prompt {i} in a batch and alone")
     assert records[2].reason is not None
     assert all(records[i].reason is None for i in (0, 1, 3))
+    longest = max(
+        int(mask.sum()) - sum(s.stop - s.start - len(s.kept) for s in record.spans)
+        for mask, record in zip(batch["attention_mask"], records, strict=True)
+    )
+    held = [layer.get_seq_length() for layer in together.past_key_values.layers]
+    assert held[2:] == [longest + 5] * 2, "layers >= K hold more than the row that keeps most"
 
 
 def equal_lengths(family):
@@ -306,6 +312,29 @@ def test_a_picture_in_a_later_turn_is_pruned_too(lab, name):
     assert reasons == ["the prompt has no visual tokens", None, None]
 
 
+def test_positions_in_a_later_turn_count_tokens_and_no_padding(lab):
+    family = lab("llava")
+    model = family.model()
+    cache = DynamicCache(config=model.get_decoder().config)
+    first = family.encode(["hello"], ["a longer text than that"])
+    second = family.encode([family.picture(0), "what is it?"], ["of", family.picture(1), "what?"])
+    tokens = second["input_ids"].tolist()
+    shown = second["attention_mask"].tolist()
+    before = first["attention_mask"].sum(dim=1).tolist()
+    second["attention_mask"] = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
+    with enable(model, POLICY) as pruning, torch.no_grad():
+        for turn in (first, second):
+            model(**turn, past_key_values=cache)
+        starts = [record.spans[0].start for record in pruning.records]
+    image = model.config.image_token_id
+    expected = [
+        count + sum(mask[: ids.index(image)])
+        for count, ids, mask in zip(before, tokens, shown, strict=True)
+    ]
+    assert before[0] != before[1]
+    assert starts == expected
+
+
 def test_a_copied_prefix_cache_can_be_continued_twice(family, model):
     prefix = family.encode([family.picture(0), "what is it?"])
     with enable(model, POLICY):
@@ -478,6 +507,7 @@ def test_an_evaluation_loss_is_the_mean_over_the_labels(family, model, messages)
     ]
     inputs = family.encode(*parts[:messages])
     labels = labels_of(inputs, model)
+    labels[:, 0] = 5  # no token stands before it, so nothing predicts it
     with torch.no_grad(), enable(model, POLICY):
         output = model(**inputs, labels=labels)
     kept = labels[:, 1:] != -100
@@ -533,6 +563,9 @@ def test_grids_of_pictures_come_from_the_processor(family, model):
         spans = [span for record in pruning.records for span in record.spans]
         run(model, inputs, steps=2)
         assert spans == [span for record in pruning.records for span in record.spans]
+        model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        unknown = {span.grid for record in pruning.records for span in record.spans}
+    assert unknown == {None}, "grids of another call"
     if "image_grid_thw" in inputs:
         assert [span.grid for span in spans] == [
             (rows // 2, columns // 2) for _, rows, columns in inputs["image_grid_thw"].tolist()

@@ -97,7 +97,7 @@ def test_a_conversation_does_not_wait(family, method, messages):
                     use_cache=True,
                 )
             assert output.last_hidden_state.shape == embedded.shape
-            new = tokens if planned.cut is None else max(planned.cut.lengths)
+            new = tokens if planned.shortened is None else max(planned.shortened.lengths)
             seen, held = seen + tokens, held + new
             lengths = [layer.keys.shape[2] for layer in cache.layers]
             assert lengths == [seen] * 2 + [held] * (len(lengths) - 2)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LlavaForConditionalGeneration, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from ep_backends import transformers as package
@@ -310,6 +310,19 @@ def test_a_missing_device_or_dtype_is_one_line(qwen):
         backend.open(qwen.path, policy, dtype="int8")
 
 
+def test_a_checkpoint_whose_pictures_cannot_be_found_is_refused_at_once():
+    from transformers import LlamaConfig, LlavaConfig, PixtralVisionConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=PixtralVisionConfig(**sizes, **heads, image_size=28, patch_size=14),
+        text_config=LlamaConfig(**sizes, **heads, vocab_size=64),
+    )
+    with pytest.raises(UnsupportedError, match="pixtral tower is not supported"):
+        enable(LlavaForConditionalGeneration(config), POLICY)
+
+
 def test_training_is_refused(qwen):
     model = qwen.model().train()
     inputs = qwen.encode([qwen.picture(0), "what?"])
@@ -445,6 +458,16 @@ def test_an_adapter_is_noticed_when_it_comes_and_when_it_goes(qwen):
     assert not torch.equal(before.nan_to_num(), adapted.nan_to_num())
 
 
+@pytest.mark.parametrize(("layer", "hooks"), [(2, "_forward_pre_hooks"), (3, "_forward_hooks")])
+def test_a_layer_that_runs_without_its_hook_is_noticed(qwen, layer, hooks):
+    """A library may call a layer by another way than as a module."""
+    model = qwen.model()
+    with torch.no_grad(), enable(model, POLICY):
+        getattr(model.get_decoder().layers[layer], hooks).popitem()
+        with pytest.raises(UnsupportedError, match=r"only [12] of [23] hooks ran"):
+            model(**qwen.encode([qwen.picture(0), "what?"]))
+
+
 def test_a_failing_enable_leaves_nothing_behind(qwen):
     model = qwen.model()
     del model.get_decoder().layers[1].self_attn.q_proj
@@ -455,12 +478,7 @@ def test_a_failing_enable_leaves_nothing_behind(qwen):
 
 
 def test_a_sliding_window_without_layer_types_is_refused():
-    from transformers import (
-        CLIPVisionConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        MistralConfig,
-    )
+    from transformers import CLIPVisionConfig, LlavaConfig, MistralConfig
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2}
@@ -472,14 +490,14 @@ def test_a_sliding_window_without_layer_types_is_refused():
         enable(LlavaForConditionalGeneration(config), "layer=1,keep=2")
 
 
-@pytest.mark.parametrize("part", ["whole", "half"])
+@pytest.mark.parametrize("part", ["whole", "half", "from the start to its half"])
 def test_a_masked_picture_is_padding_and_a_half_masked_one_runs_unpruned(lab, part):
     llava = lab("llava")
     model = llava.model()
     inputs = llava.encode([llava.picture(0), "and", llava.picture(1), "what is it?"])
     columns = (inputs["input_ids"][0] == model.config.image_token_index).nonzero()[:, 0]
-    first = columns[:64] if part == "whole" else columns[:32]
-    inputs["attention_mask"][0, first] = 0
+    hidden = {"whole": columns[:64], "half": columns[:32]}
+    inputs["attention_mask"][0, hidden.get(part, slice(0, int(columns[32])))] = 0
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
     with torch.no_grad():
         plain = model(**inputs).logits[0, -1]
@@ -488,8 +506,9 @@ def test_a_masked_picture_is_padding_and_a_half_masked_one_runs_unpruned(lab, pa
             (record,) = pruning.records
             inputs["pixel_values"][0] += 1  # the hidden picture must not matter
             again = model(**inputs).logits[0, -1]
-    if part == "half":
+    if part != "whole":
         assert record.reason == "the attention mask hides a part of a picture"
+        assert [len(span.kept) for span in record.spans] == [64], "the other picture"
         assert torch.equal(plain, pruned)
     else:
         assert [len(span.kept) for span in record.spans] == [5]

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from ep_backends.shared.processor import encode, load_processor
-from ep_backends.transformers.batch import ForwardPass, Prefill, Row
+from ep_backends.transformers.batch import ForwardPass, PaddedPass, Row
 from ep_backends.transformers.layers import LayerHooks
 from ep_backends.transformers.ledger import POINTS
 from ep_backends.transformers.pruning import enable
@@ -76,7 +76,7 @@ class TransformersBackend(Backend):
         layer.self_attn = _StandIn()
         layer.self_attn.q_proj = _StandIn()
         decoder.layers = nn.ModuleList([layer, _StandIn()])
-        prefill = Prefill(rows=[Row(plan)], columns=plan.prompt_tokens)
+        prefill = PaddedPass(rows=[Row(plan)], columns=plan.prompt_tokens)
         hooks = LayerHooks(
             selector=registry().selector(method),
             layer=1,

@@ -130,7 +130,7 @@ def _plan(
 
 
 @dataclass
-class Prefill(Pass):
+class PaddedPass(Pass):
     """One prefill pass of a batch.
 
     Attributes:
@@ -221,24 +221,24 @@ class ForwardPass:
         queries: `[B*N, H, D]` of layer K-1, until the tokens are chosen.
         attention: `[B, H, N, N]` of layer K-1, until the tokens are chosen.
         later_inputs: by name, what layers >= K get in the place of the decoder's own.
-        layers: how many layers >= K got them so far.
+        steps: hooks of layers >= K that ran so far.
     """
 
     shown: torch.Tensor
     cached: int = 0
     continues: bool = False
-    prefill: Prefill | None = None
+    prefill: PaddedPass | None = None
     queries: torch.Tensor | None = None
     attention: torch.Tensor | None = None
     later_inputs: dict[str, Any] = field(default_factory=dict)
-    layers: int = 0
+    steps: int = 0
 
     @property
-    def cut(self) -> Prefill | None:
-        """The prefill, if it drops tokens."""
+    def shortened(self) -> PaddedPass | None:
+        """The prefill, if layers >= K compute fewer columns in it."""
         return self.prefill if self.prefill is not None and self.prefill.shortens else None
 
     @property
     def acts(self) -> bool:
         """Do layers >= K get other inputs than the decoder's own?"""
-        return self.continues or self.cut is not None
+        return self.continues or self.shortened is not None

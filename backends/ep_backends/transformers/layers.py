@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import create_causal_mask
 
-from ep_backends.transformers.batch import ForwardPass, Grid, Prefill
+from ep_backends.transformers.batch import ForwardPass, Grid, PaddedPass
 from ep_backends.transformers.cache import Slots, pruned_layer
 from ep_core.errors import UnsupportedError
 from ep_core.selectors import Selector
@@ -71,7 +71,7 @@ class Thread(threading.local):
     labels: torch.Tensor | None = None  # from the model's hook to its base model's
     planned: ForwardPass | None = None  # from the base model's hook to the decoder's
     current: ForwardPass | None = None  # while the decoder runs
-    latest: Prefill | None = None  # what ran through the decoder last
+    latest: PaddedPass | None = None  # what ran through the decoder last
 
 
 @dataclass
@@ -112,12 +112,12 @@ class LayerHooks:
 
     def _read_queries(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
         current = self.thread.current
-        if current is not None and current.cut is not None:
-            current.queries = output.reshape(current.cut.tokens, -1, self.head_dim)
+        if current is not None and current.shortened is not None:
+            current.queries = output.reshape(current.shortened.tokens, -1, self.head_dim)
 
     def _read_attention(self, module: nn.Module, args: Any, output: Any) -> None:
         current = self.thread.current
-        if current is not None and current.cut is not None:
+        if current is not None and current.shortened is not None:
             current.attention = output[1][..., current.cached :]
 
     def _seam(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Inputs | None:
@@ -126,7 +126,7 @@ class LayerHooks:
         if current is None or not current.acts:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]  # [B, N, d]
-        if (prefill := current.cut) is None:
+        if (prefill := current.shortened) is None:
             new = torch.arange(current.cached, current.shown.shape[1], device=hidden.device)
             columns = new.expand(len(hidden), -1)
         else:
@@ -155,13 +155,13 @@ class LayerHooks:
                 allow_is_causal_skip=False,  # whether it hides anything would have to be waited for
             )
         current.later_inputs["attention_mask"] = mask
-        current.layers += 1
+        current.steps += 1
         kwargs = kwargs | current.later_inputs
         if args:
             return (hidden, *args[1:]), kwargs
         return args, kwargs | {"hidden_states": hidden}
 
-    def _choose(self, prefill: Prefill, current: ForwardPass, hidden: torch.Tensor) -> None:
+    def _choose(self, prefill: PaddedPass, current: ForwardPass, hidden: torch.Tensor) -> None:
         maps = current.attention
         behind = None if maps is None else lambda unit: prefill.attention_of(unit, maps)
         prefill.choose(self.selector, hidden.flatten(0, 1), current.queries, attention=behind)
@@ -173,13 +173,28 @@ class LayerHooks:
         current = self.thread.current
         if current is None or not current.acts:
             return None
-        current.layers += 1
+        current.steps += 1
         return args, kwargs | current.later_inputs
 
     def _after_last_layer(
         self, module: nn.Module, args: Any, output: torch.Tensor
     ) -> torch.Tensor | None:
         current = self.thread.current
-        if current is None or current.cut is None:
+        if current is None or not current.acts:
             return None
-        return current.cut.spread_columns(output)
+        self.check_steps(current, self.steps - 1)
+        current.steps += 1
+        return None if current.shortened is None else current.shortened.spread_columns(output)
+
+    @property
+    def steps(self) -> int:
+        """Hooks of layers >= K that run in a pass."""
+        return self.layers - self.layer + 1
+
+    def check_steps(self, current: ForwardPass, expected: int) -> None:
+        """Refuse to go on where a layer ran without its hook."""
+        if current.steps != expected:
+            raise UnsupportedError(
+                f"only {current.steps} of {expected} hooks ran in the decoder's layers, so the "
+                "answer would be wrong; disable pruning and enable it again"
+            )

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from ep_backends.transformers.batch import ForwardPass, Prefill, Row, plan_rows
+from ep_backends.transformers.batch import ForwardPass, PaddedPass, Row, plan_rows
 from ep_backends.transformers.cache import check_cache, slots_of
 from ep_backends.transformers.families import picture_grids
 from ep_backends.transformers.layers import Hook, LayerHooks
@@ -44,7 +44,7 @@ from ep_core.report import PruneCounters, RequestRecord
 from ep_core.settings import Settings
 
 _ACTIVE = "_entropyprune"  # on a decoder: its Pruning
-_NOTHING = Prefill()
+_NOTHING = PaddedPass()
 
 
 def enable(model: PreTrainedModel, policy: PruningPolicy | str) -> Pruning:
@@ -103,7 +103,7 @@ class Pruning:
             settings.policy.digest,
         )
         self._thread = self._layers.thread
-        self._latest: Prefill | None = None  # of any thread
+        self._latest: PaddedPass | None = None  # of any thread
         self._counting = threading.Lock()
         self._on = True  # a compiled graph may call hooks that were removed
         self._patches = Patches()
@@ -215,8 +215,8 @@ class Pruning:
         self._check_in_place(module)
         grids = picture_grids(self._settings.config, given) or thread.grids
         plans = plan_rows(self._settings, inputs, current.shown, cached, grids)
-        current.prefill = Prefill(rows=plans, columns=columns)
-        if labels is not None and current.cut is not None:
+        current.prefill = PaddedPass(rows=plans, columns=columns)
+        if labels is not None and current.shortened is not None:
             check_labels(labels, plans)
 
     def _check_in_place(self, base: Any) -> None:
@@ -251,18 +251,15 @@ class Pruning:
         rows, columns = inputs.shape[:2]
         detail = "the decoder was called by itself"
         plan = RequestPlan.whole((), columns, Reason.NOT_FOUND, detail)
-        prefill = Prefill(rows=[Row(plan)] * rows, columns=columns) if columns > 1 else None
+        prefill = PaddedPass(rows=[Row(plan)] * rows, columns=columns) if columns > 1 else None
         return ForwardPass(torch.ones(rows, columns, dtype=torch.bool), prefill=prefill)
 
     def _after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
         current, self._thread.current = self._thread.current, None
         if current is None or not self._on:
             return
-        if current.acts and current.layers != self._layers.layers - self._layers.layer:
-            raise UnsupportedError(
-                f"only {current.layers} of the decoder's layers ran with their hooks, so the "
-                "answer is wrong; disable pruning and enable it again"
-            )
+        if current.acts:
+            self._layers.check_steps(current, self._layers.steps)
         if current.prefill is not None:
             with self._counting:
                 for row in current.prefill.rows:
