@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: bench demo eval test test-oldest lint conformance third-party setup-sglang test-sglang setup-lmdeploy test-lmdeploy test-eval clean
+.PHONY: bench tables demo eval test test-oldest lint conformance third-party setup-sglang test-sglang setup-lmdeploy test-lmdeploy test-eval setup-pretrained test-pretrained clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard ep_core/kernels/csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -26,6 +26,7 @@ test: lint
 	$(MAKE) test-sglang
 	$(MAKE) test-lmdeploy
 	$(MAKE) test-eval
+	$(MAKE) test-pretrained
 	$(MAKE) third-party
 	$(MAKE) conformance
 
@@ -51,9 +52,14 @@ lint: $(VENV)/.installed
 RECORDINGS := conformance_tests/recordings
 ENGINES := transformers sglang lmdeploy
 MATRIX := README.md docs/conformance.md
+TABLES := README.md docs/adapters.md
 
 conformance: $(ENGINES:%=record-%)
 	$(BIN)/python -m ep_conformance compare $(RECORDINGS)/*.json $(MATRIX:%=--update %)
+
+# the tables of model families, from what the engines' packages say
+tables: $(VENV)/.installed
+	$(BIN)/entropyprune list $(TABLES:%=--update %)
 
 record-transformers: $(VENV)/.installed
 	$(BIN)/python -m ep_conformance --backend transformers --device cpu --record $(RECORDINGS)/transformers-cpu.json
@@ -101,6 +107,19 @@ test-eval: .venv-eval/.installed
 	PYTHON=$(PYTHON) tests/lmms_eval/environment.sh .venv-eval
 	touch $@
 
+# the training of a model with a pretrained decoder; the tests need what draws pictures, no weights
+test-pretrained: $(VENV)/.drawing
+	$(BIN)/pytest tests/pretrained
+
+setup-pretrained: .venv-pretrained/.installed
+
+.venv-pretrained/.installed: benchmarks/pretrained/requirements.txt benchmarks/pretrained/decoder.txt
+	rm -rf .venv-pretrained
+	$(PYTHON) -m venv .venv-pretrained
+	.venv-pretrained/bin/pip install --quiet --requirement benchmarks/pretrained/requirements.txt
+	.venv-pretrained/bin/pip install --quiet --no-deps --requirement benchmarks/pretrained/decoder.txt
+	touch $@
+
 # the evidence: speed and accuracy; results, tables and plots go to benchmarks/results
 RESULTS := benchmarks/results
 
@@ -119,4 +138,4 @@ $(VENV)/.drawing: $(VENV)/.installed benchmarks/embedded_model/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-third-party .venv-sglang .venv-lmdeploy .venv-eval .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-oldest .venv-third-party .venv-sglang .venv-lmdeploy .venv-eval .venv-pretrained .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -262,14 +262,21 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class BackendSpec:
-    """An engine by name; `load` imports it and runs only when it is used.
+    """An engine by name.
 
-    `load` raises `ImportError` where the engine is not installed.
+    Attributes:
+        name: what `--backend` says.
+        summary: one line for `entropyprune list`.
+        load: imports the engine; runs only when it is used, and raises `ImportError` where the
+            engine is not installed.
+        families: by model type, which checkpoints of a family run in the engine, or why none does;
+            for tables. A family that is not named runs where its decoder fits.
     """
 
     name: str
     summary: str
     load: Callable[[], Backend]
+    families: Mapping[str, str] = field(default_factory=dict)
 
 
 def default_device(backend: Backend) -> str:

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from entropyprune.cli.list import family_table, update
+from ep_core.errors import EntropyPruneError
+from ep_core.plugins import registry
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     page
@@ -51,3 +55,20 @@ def test_the_family_in_adapters_md_is_a_working_plugin():
     family = plugins.collect(manager).family("my_vlm")
     found = family.find({"image_token_id": 7}, [1, 7, 7, 2, 7, 3])
     assert [(one.run.start, one.run.stop) for one in found] == [(1, 3), (4, 5)]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/adapters.md"])
+def test_the_table_of_families_is_what_the_engines_say(page, tmp_path):
+    copy = tmp_path / "page.md"
+    copy.write_text((ROOT / page).read_text(encoding="utf-8"), encoding="utf-8")
+    update(copy, family_table(registry()))
+    assert copy.read_text(encoding="utf-8") == (ROOT / page).read_text(encoding="utf-8"), (
+        f"the table of families in {page} is old: run make tables"
+    )
+
+
+def test_a_page_without_marks_gets_no_table(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("no marks here")
+    with pytest.raises(EntropyPruneError, match="has no marks for the table"):
+        update(page, "| a |\n")

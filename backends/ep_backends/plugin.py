@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from ep_backends.lmdeploy import families as lmdeploy
+from ep_backends.sglang import families as sglang
+from ep_backends.transformers import families as transformers
 from ep_core.backend import Backend, BackendSpec
 from ep_core.hookspecs import hookimpl
 
@@ -34,7 +37,22 @@ def _lmdeploy() -> Backend:
 def entropyprune_backends() -> list[BackendSpec]:
     """One specification for each engine."""
     return [
-        BackendSpec("lmdeploy", "LMDeploy's PyTorch engine, pipeline and server", _lmdeploy),
-        BackendSpec("sglang", "SGLang, offline engine and server", _sglang),
-        BackendSpec("transformers", "plain transformers, model.generate", _transformers),
+        BackendSpec(
+            "lmdeploy",
+            "LMDeploy's PyTorch engine, pipeline and server",
+            _lmdeploy,
+            {name: family.works for name, family in lmdeploy.FAMILIES.items()},
+        ),
+        BackendSpec(
+            "sglang",
+            "SGLang, offline engine and server",
+            _sglang,
+            {name: family.works for name, family in sglang.FAMILIES.items()},
+        ),
+        BackendSpec(
+            "transformers",
+            "plain transformers, model.generate",
+            _transformers,
+            {name: family.works for name, family in transformers.FAMILIES.items()},
+        ),
     ]

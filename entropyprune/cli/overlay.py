@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ def draw_overlay(
     Args:
         pictures: picture files in the order of the prompt.
         spans: what was kept of each.
-        grids: where each picture's tokens lie.
+        grids: where each picture's tokens lie; rows and columns that a span knows come first.
         out: file to write.
     """
     panels = [
@@ -41,6 +42,8 @@ def draw_overlay(
 
 
 def _panel(picture: Image.Image, span: SpanRecord, grid: PatchGrid) -> Image.Image:
+    if span.grid is not None:
+        grid = replace(grid, rows=span.grid[0], columns=span.grid[1])
     scale = HEIGHT / picture.height
     width = round(picture.width * scale)
     pixels = np.asarray(picture.resize((width, HEIGHT), Image.Resampling.LANCZOS), np.float32)

@@ -321,7 +321,7 @@ def test_list_names_everything_with_its_plugin(entropyprune):
     ("arguments", "words"),
     [
         (["transformers"], ["no policy", "ENTROPYPRUNE"]),
-        (["transformers", "--policy", "layer=2,keep=9"], ["transformers has no server"]),
+        (["transformers", "--policy", "layer=2,keep=9"], ["this engine has no server"]),
         (["nothing", "--policy", "layer=2,keep=9"], ["'nothing'", "sglang, transformers"]),
         (["sglang", "--policy", "layer=2"], ["needs one budget"]),
         (["sglang", "--policy", "layer=2,keep=9"], ["'entropyprune[sglang]'"]),  # not in this venv
@@ -364,7 +364,7 @@ def checkpoint_with(tmp_path: Path, config: str) -> Path:
         (["--overlay", "overlay.foo"], ["overlay.foo", ".png"]),
         (["--image", "{truncated}"], ["not a readable picture", "truncated"]),
         (["--image", "{narrow}"], ["cannot be encoded", "aspect ratio"]),
-        (["--prompt", "<|image_pad|>"], ["cannot be encoded", "image_pad"]),
+        (["--prompt", "<|image_pad|>"], ["the text contains <|image_pad|>", "leave it out"]),
         (["--prompt", "\udcff"], ["cannot be encoded"]),
     ],
     ids=lambda value: " ".join(map(str, value)).replace(str(Path(__file__).parent), "."),

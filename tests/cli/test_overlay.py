@@ -58,15 +58,18 @@ def test_kept_patches_keep_their_colours_and_dropped_are_dimmed_grey(tmp_path, k
             assert np.abs(there - grey(here)).max() <= 1, f"dropped token {token} is not dimmed"
 
 
-def test_a_grid_that_is_not_square_goes_row_by_row(tmp_path):
+@pytest.mark.parametrize(
+    ("guessed", "known"), [((2, 6), None), ((3, 4), (2, 6))], ids=["family's", "engine's"]
+)
+def test_a_grid_that_is_not_square_goes_row_by_row(tmp_path, guessed, known):
     picture = tmp_path / "picture.png"
     colours = mosaic(picture, 2, 6, size=(3 * HEIGHT, HEIGHT))
     kept = (1, 5, 6, 9)
     sheet = drawn(
         tmp_path,
         [picture],
-        [SpanRecord(0, 12, kept)],
-        [PatchGrid(2, 6, (0, 0, 3 * HEIGHT, HEIGHT))],
+        [SpanRecord(0, 12, kept, known)],
+        [PatchGrid(*guessed, (0, 0, 3 * HEIGHT, HEIGHT))],
     )
     side = HEIGHT // 2
     for token in range(12):

@@ -61,8 +61,9 @@ def test_layer_k_does_not_wait(monkeypatch, method):
             assert positions.shape == (3, computed)
             current = pass_of(batch)
             assert current.kept.out_cache_loc.shape == (computed,)
-            assert current.queries is None, "queries are held through all later layers"
-            assert not any(unit.waited and unit.waited.rows for unit in prefill_of(batch).units)
+            for unit in prefill_of(batch).units:
+                assert unit.queries is None, "queries are held through all later layers"
+                assert not (unit.waited and unit.waited.rows), "so are rows that waited"
             output = hooks.after_last_layer(None, given, {}, hidden)
             assert output.shape == (new, 32)
         assert request.waiting is None

@@ -1,8 +1,10 @@
 """Pruned generation: batches, turns, caches, dtypes, decoding methods, compiled models, losses."""
 
 import copy
+import re
 import threading
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from transformers import DynamicCache, TextIteratorStreamer
 
 from ep_backends.transformers import enable
 from ep_backends.transformers.backend import TransformersBackend
-from ep_core import EntropyPruneError, UnsupportedError
+from ep_core import UnsupportedError
 
 from .compiling import WAYS_TO_COMPILE
 from .layouts import in_rows
@@ -459,12 +461,13 @@ def test_a_thread_that_prunes_sees_its_own_records(lab):
 
 
 def labels_of(inputs, model):
-    """A label for each token of text, none for pictures, what stands behind them, and padding."""
-    ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
-    image = ids == model.config.image_token_id
-    first = real & (real.cumsum(dim=1) == 1)
-    behind = image.roll(1, dims=1)
-    return ids.masked_fill(image | behind | first | ~real, -100)
+    """As docs/transformers.md makes them: none for pictures, what stands behind them, padding."""
+    page = Path(__file__).parents[2] / "docs" / "transformers.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    (block,) = [block for block in blocks if "labels =" in block]
+    names = {"inputs": inputs, "model": model}
+    exec(block, names)
+    return names["labels"]
 
 
 @pytest.mark.parametrize("messages", [1, 2])
@@ -557,18 +560,6 @@ def test_separators_between_the_rows_of_a_picture_stay(family, model, method):
                 stays[[span.start + offset for offset in span.kept]] = True
             assert torch.equal(~alone.isnan().any(dim=1), stays)
             assert_close(together[i, -len(alone) :][stays], alone[stays], f"prompt {i}")
-
-
-def test_a_session_refuses_a_text_with_a_place_for_a_picture(family):
-    from ep_core.backend import Request
-
-    token = family.processor.image_token
-    request = Request((family.picture(0), f"what is {token}?"), 2)
-    with (
-        TransformersBackend().open(family.path, None, dtype="float32") as session,
-        pytest.raises(EntropyPruneError, match="the text contains"),
-    ):
-        session.generate([request])
 
 
 def test_session_answers_requests_of_different_lengths(lab):

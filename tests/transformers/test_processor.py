@@ -1,6 +1,7 @@
 """Processors are found in each layout that published checkpoints have."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from ep_backends.shared.pictures import read_picture
-from ep_backends.shared.processor import load_processor
+from ep_backends.shared.processor import encode, load_processor
+from ep_core import EntropyPruneError
 
 
 def split(folder: Path) -> None:
@@ -61,3 +63,13 @@ def test_an_older_layout_encodes_alike(family, change, tmp_path):
     assert older.keys() == newer.keys()
     for key, value in newer.items():
         assert torch.equal(older[key], value), f"{key} differs"
+
+
+@pytest.mark.parametrize("name", ["image_token", "video_token"])
+def test_a_text_with_the_token_of_a_picture_is_refused_by_name(family, name):
+    """Some versions of transformers run out of pictures then, others compute without features."""
+    token = getattr(family.processor, name, None)
+    if token is None:
+        pytest.skip("this family has no video token")
+    with pytest.raises(EntropyPruneError, match=f"the text contains {re.escape(token)}, which"):
+        encode(family.processor, [["no picture"], [family.picture(0), f"what is {token}?"]])

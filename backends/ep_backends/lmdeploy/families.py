@@ -19,20 +19,20 @@ class LMDeployFamily:
         decoders: LMDeploy's classes of the layers, as `module:Class` in `lmdeploy.pytorch.models`.
         moves_pictures: how LMDeploy's template rearranges a message, or "". Sessions of ours then
             render the prompt themselves and hand over token ids, as clients of `/generate` may.
-        computes: what LMDeploy computes otherwise than the checkpoint asks, pruned or not, or "".
+        works: a phrase for tables.
     """
 
     architecture: str
     decoders: tuple[str, ...]
     moves_pictures: str = ""
-    computes: str = ""
+    works: str = "yes"
 
 
 FAMILIES: Mapping[str, LMDeployFamily] = {
     "qwen2_vl": LMDeployFamily(
         "Qwen2VLForConditionalGeneration",
         ("qwen2_vl:Qwen2DecoderLayer",),
-        computes="the vision encoder with GELU where the checkpoint asks for quick GELU",
+        works="yes; LMDeploy's vision encoder takes GELU where the checkpoint asks for quick GELU",
     ),
     "qwen2_5_vl": LMDeployFamily(
         "Qwen2_5_VLForConditionalGeneration", ("qwen2_vl:Qwen2DecoderLayer",)
@@ -40,7 +40,12 @@ FAMILIES: Mapping[str, LMDeployFamily] = {
     "llava": LMDeployFamily(
         "LlavaForConditionalGeneration",
         ("llama:LlamaDecoderLayer", "qwen2:Qwen2DecoderLayer"),
+        works="`-hf` layout, over Llama or Qwen2",
         moves_pictures="a message's pictures come first, then its first text; others are left out",
     ),
-    "internvl": LMDeployFamily("InternVLForConditionalGeneration", ("qwen2:Qwen2DecoderLayer",)),
+    "internvl": LMDeployFamily(
+        "InternVLForConditionalGeneration",
+        ("qwen2:Qwen2DecoderLayer",),
+        works="`-hf` layout, over Qwen2",
+    ),
 }

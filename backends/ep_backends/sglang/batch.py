@@ -26,7 +26,6 @@ class ForwardPass:
     Attributes:
         requests: of the batch, in order, None for text alone; none at all for SGLang's dummies.
         prefill: of an extend batch, what layers >= K compute; made when it is first asked for.
-        queries: `[T, H * D]` of layer K-1 before RoPE, from there to layer K.
         positions: rotary positions of what layers >= K compute, once they were cut.
         tokens: `global_num_token_non_padded_cpu` of the batch before it was cut.
         kept: the batch as layers >= K attend to it, once it is prepared.
@@ -34,7 +33,6 @@ class ForwardPass:
 
     requests: Sequence[SGLangRequest | None] = ()
     prefill: Pass | None = None
-    queries: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     tokens: int | None = None
     kept: Any = None

@@ -23,7 +23,7 @@ class Differences:
     """What differs for one family.
 
     Attributes:
-        works: what of the family is proven, for a table of models; "" for nothing.
+        works: what of the family is proven, or why nothing is, as a phrase for tables.
         refusal: `config.json -> why a checkpoint does not work`, as a sentence, or None.
         half_only: architectures that SGLang runs in float16 whatever is asked.
     """
@@ -57,9 +57,11 @@ def _internvl(config: Config) -> str:
 
 
 FAMILIES: Mapping[str, Differences] = {
-    "internvl": Differences(refusal=_internvl),
+    "internvl": Differences(
+        works="no: SGLang runs it with transformers' model code", refusal=_internvl
+    ),
     "llava": Differences(
-        works="in the original layout (`LlavaLlamaForCausalLM`), in float16",
+        works="original layout (`LlavaLlamaForCausalLM`), in float16",
         refusal=_llava,
         half_only=("LlavaLlamaForCausalLM",),
     ),

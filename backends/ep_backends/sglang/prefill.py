@@ -26,8 +26,6 @@ from ep_core.errors import UnsupportedError
 from ep_core.plan import RequestPlan
 from ep_core.selectors import Selector
 
-SLOTS = "slots"
-
 
 class LayerHooks:
     """The hooks of one decoder. They know nothing of a pass but what is on its batch."""
@@ -51,7 +49,7 @@ class LayerHooks:
         """
         self._attention, self._selector, self._layer = attention, selector, layer
         self._heads, self._ranks = heads, ranks
-        self._entered: ForwardPass | None = None
+        self._entered: Pass | None = None
 
     def attach(self, layers: Any) -> None:
         """Put the hooks on a decoder's layers."""
@@ -97,13 +95,10 @@ class LayerHooks:
         """
         current, plan = pass_of(batch), prefill_of(batch)
         hidden = residual.fold(given["hidden_states"], batch)
-        queries, current.queries = current.queries, None
-        if queries is not None:
-            queries = queries.view(len(queries), *self._heads)
-        plan.choose(self._selector, hidden, queries, ranks=self._ranks)
+        plan.choose(self._selector, hidden, ranks=self._ranks)
         self._drop(batch, plan)
         current.positions = plan.take(given["positions"], "positions", dim=-1)
-        slots = plan.take(slots, SLOTS)
+        slots = plan.take(slots, "slots")
         hidden = residual.set_written(plan.take(hidden, HIDDEN), batch)
         for unit in plan.units:
             if unit.waited is not None:
@@ -121,12 +116,9 @@ class LayerHooks:
         rows = on_host(batch.req_pool_indices_cpu, batch.req_pool_indices) if plan.units else []
         for ranked in plan.units:
             request, row = pass_of(batch).requests[ranked.request], rows[ranked.request]
-            home = self._attention.slots(row, ranked.unit.start, ranked.unit.stop)
             if request is not None:
+                home = self._attention.slots(row, ranked.unit.start, ranked.unit.stop)
                 request.dropped.add(self._attention.drop(home[ranked.gone]))
-            if ranked.waited is not None:
-                # the table says where they are now
-                ranked.waited.rows[SLOTS] = home[: len(ranked.waited)]
 
     def after_last_layer(
         self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
@@ -148,15 +140,14 @@ class LayerHooks:
         """Before layer K-1 attends: does the pass want its queries?"""
         batch = _given(args, kwargs)["forward_batch"]
         wanted = batch.forward_mode.is_extend() and prefill_of(batch).shortens
-        self._entered = pass_of(batch) if wanted else None
+        self._entered = prefill_of(batch) if wanted else None
 
     def after_projection(self, module: Any, args: Any, output: Any) -> None:
-        """Keep the queries, before RoPE."""
-        current, self._entered = self._entered, None
-        if current is not None:
+        """Keep the queries of what is ranked: RoPE may rotate them in place."""
+        plan, self._entered = self._entered, None
+        if plan is not None:
             heads, size = self._heads
-            # [T, H * D]; a copy, because RoPE may rotate them in place
-            current.queries = output[0][:, : heads * size].clone()
+            plan.copy_queries(output[0][:, : heads * size].unflatten(1, (heads, size)))
 
 
 def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

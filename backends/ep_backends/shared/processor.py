@@ -34,8 +34,17 @@ def encode(processor: Any, contents: Sequence[Sequence[str | Path]]) -> Any:
     """User messages of texts and picture files through the chat template, as one padded batch.
 
     Raises:
-        EntropyPruneError: transformers' own checks refuse one of them.
+        EntropyPruneError: a text holds the token of a picture or video, which would take one more
+            from the request, or transformers' own checks refuse it.
     """
+    texts = [part for content in contents for part in content if isinstance(part, str)]
+    for name in ("image_token", "video_token"):
+        token = getattr(processor, name, None)
+        if token and any(token in text for text in texts):
+            raise EntropyPruneError(
+                f"the text contains {token}, which stands for a picture or video; leave it out, "
+                "and give each picture as a file"
+            )
     chats = [
         [{"role": "user", "content": [_part(part) for part in content]}] for content in contents
     ]
@@ -47,11 +56,6 @@ def encode(processor: Any, contents: Sequence[Sequence[str | Path]]) -> Any:
             return_dict=True,
             processor_kwargs={"padding": True, "return_tensors": "pt"},
         )
-    except StopIteration:  # transformers before 5.20 runs out of pictures without a word
-        raise EntropyPruneError(
-            f"the request cannot be encoded: its text holds {processor.image_token}, which stands "
-            "for a picture"
-        ) from None
     except (ValueError, TypeError, IndexError) as error:
         raise EntropyPruneError(f"the request cannot be encoded: {error}") from None
 

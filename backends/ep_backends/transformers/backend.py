@@ -200,14 +200,6 @@ class TransformersSession(Session):
         return [[layer_entropy(state[0, own]) for state in states[:-1]] for own in tokens]
 
     def _encode(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
-        texts = [part for one in requests for part in one.content if isinstance(part, str)]
-        for token in ("image_token", "video_token"):
-            placeholder = getattr(self.processor, token, None)
-            if placeholder and any(placeholder in text for text in texts):
-                raise EntropyPruneError(
-                    f"the text contains {placeholder}, which stands for a picture or a video; "
-                    "leave it out, and name each picture as a file"
-                )
         inputs = encode(self.processor, [request.content for request in requests])
         return {
             key: value.to(self.model.dtype) if value.is_floating_point() else value

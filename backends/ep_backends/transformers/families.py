@@ -18,11 +18,11 @@ class TransformersFamily:
 
     Attributes:
         decoders: classes of its decoders' layers, as `module:Class` in `transformers.models`.
-        checkpoints: which checkpoints those are, as a phrase.
+        works: which of its checkpoints, for a table of models.
     """
 
     decoders: tuple[str, ...]
-    checkpoints: str
+    works: str
 
 
 LLAMA = "llama.modeling_llama:LlamaDecoderLayer"
@@ -30,12 +30,12 @@ QWEN2 = "qwen2.modeling_qwen2:Qwen2DecoderLayer"
 QWEN3 = "qwen3.modeling_qwen3:Qwen3DecoderLayer"
 
 FAMILIES: Mapping[str, TransformersFamily] = {
-    "llava": TransformersFamily((LLAMA, QWEN3), "`-hf`, a CLIP tower over Llama or Qwen3"),
+    "llava": TransformersFamily((LLAMA, QWEN3), "`-hf` layout, a CLIP tower over Llama or Qwen3"),
     "qwen2_5_vl": TransformersFamily(
-        ("qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VLDecoderLayer",), "all"
+        ("qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VLDecoderLayer",), "yes"
     ),
-    "qwen2_vl": TransformersFamily(("qwen2_vl.modeling_qwen2_vl:Qwen2VLDecoderLayer",), "all"),
-    "internvl": TransformersFamily((QWEN2, QWEN3), "`-hf`, over Qwen2 or Qwen3"),
+    "qwen2_vl": TransformersFamily(("qwen2_vl.modeling_qwen2_vl:Qwen2VLDecoderLayer",), "yes"),
+    "internvl": TransformersFamily((QWEN2, QWEN3), "`-hf` layout, over Qwen2 or Qwen3"),
 }
 
 
