@@ -182,6 +182,8 @@ def _call(
         try:
             return [(item, origin.get(id(item), added)) for item in items(removed)]
         except Exception as error:
+            if not wrappers:
+                raise  # none of the plugins did it
             to_blame = [one for one in wrappers if works([*removed, one.plugin])]
             for one in to_blame[:1] or wrappers:
                 _warn_left_out(one.plugin_name, error)

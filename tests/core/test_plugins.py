@@ -345,6 +345,13 @@ def test_a_wrapper_hides_no_plugin_that_breaks():
     assert registry.providers == {"selector good": "one"}
 
 
+def test_what_no_plugin_has_broken_is_an_error_and_no_loop(monkeypatch):
+    manager = new_manager()
+    monkeypatch.setattr(manager, "subset_hook_caller", None)
+    with pytest.raises(TypeError):
+        collect(manager)
+
+
 def test_a_hook_implemented_under_another_name_counts():
     class Plugin:
         @hookimpl(specname="entropyprune_selectors")

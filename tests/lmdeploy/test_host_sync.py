@@ -1,5 +1,6 @@
 """Ranking and cutting never wait for the device; decode is in test_decode_graph."""
 
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
@@ -40,32 +41,37 @@ class Layer(nn.Module):
         self.rows = []
 
     def forward(self, hidden_states, rotary_pos_emb, past_key_value, residual, attn_metadata, more):
-        self.rows.append((hidden_states.shape[1], len(rotary_pos_emb[0]), attn_metadata.lengths))
+        lengths = attn_metadata.max_q_seqlen, attn_metadata.kv_flatten_size
+        self.rows.append((hidden_states.shape[1], len(rotary_pos_emb[0]), *lengths))
         assert more == "passed through"
         self.self_attn.qkv_proj(hidden_states)
         return hidden_states, hidden_states if residual is not None else None
 
 
-class Metadata(SimpleNamespace):
-    pass
+@dataclass
+class Metadata:
+    """In the place of LMDeploy's attention metadata: `q_seqlens` is what its layers see."""
+
+    q_seqlens: torch.Tensor
+    kv_seqlens: torch.Tensor
+    q_start_loc: torch.Tensor
+    kv_start_loc: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    block_offsets: torch.Tensor
+    kv_flatten_size: int
+    max_q_seqlen: int
+    max_kv_seqlen: int
 
 
-@pytest.fixture
-def metadata(monkeypatch):
-    """In the place of LMDeploy's attention metadata: `lengths` is what its layers see."""
-    from ep_backends.lmdeploy import prefill
-
-    def replace(given, **changes):
-        return Metadata(**vars(given) | changes)
-
-    monkeypatch.setattr(prefill.dataclasses, "replace", replace)
-    monkeypatch.setattr(prefill, "kept_metadata", lambda given, one: Metadata(lengths=one.lengths))
-    return Metadata(lengths="all")
+def metadata(tokens):
+    lengths = [meta(1, dtype=torch.int32)] * 6
+    return Metadata(*lengths, meta(1, 2), tokens, tokens, tokens)
 
 
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "no residual"])
 @pytest.mark.parametrize("method", ["released", "set-entropy"])
-def test_layer_k_does_not_wait(monkeypatch, metadata, method, residual):
+def test_layer_k_does_not_wait(monkeypatch, method, residual):
     monkeypatch.setitem(kernels._found, "meta", KERNELS)
     core = SimpleNamespace(selector=registry().selector(method), layer=1)
     context = SimpleNamespace(
@@ -96,12 +102,12 @@ def test_layer_k_does_not_wait(monkeypatch, metadata, method, residual):
 
     with NoWaiting():
         (after,) = pruner.plan(context)
-        inputs = {"hidden_states": meta(1, 33, 32), "attn_metadata": metadata}
+        inputs = {"hidden_states": meta(1, 33, 32), "attn_metadata": metadata(33)}
         output = pruner.forward(decoder, **inputs, **{PAGES_BELOW: meta(1, 4)})
     kept = 33 - (16 + 8) + KEPT
     assert output.shape == (1, 33, 32)
-    assert layers[0].rows == [(33, 33, "all")]
-    assert layers[1].rows == layers[2].rows == [(kept, kept, [kept])]
+    assert layers[0].rows == [(33, 33, 33, 33)]
+    assert layers[1].rows == layers[2].rows == [(kept, kept, kept, kept)]
     state = state_in(after)
     assert (state.plan, state.passes) == (PLAN_OF_TWO, 1)
     assert state.dropped == 33 - kept

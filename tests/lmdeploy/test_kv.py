@@ -91,16 +91,34 @@ def test_blocks_of_a_chunk_are_those_of_the_pictures_in_it():
         num_all_ids=300,
         block_size=16,
         logical_blocks=[],
-        history_multimodals=with_plan([(10, 110, 4), (120, 220, 4)], 300),
+        history_multimodals=with_plan([(10, 110, 60), (120, 220, 60)], 300),
     )
-    for limit, dropped in ((10, set()), (115, range(10, 106)), (None, None)):
+    for limit, dropped in ((10, set()), (115, range(10, 50)), (None, None)):
         sequence.kv_token_limit = limit
         tokens = limit or 300
         if dropped is None:
-            dropped = {*range(10, 106), *range(120, 216)}
+            dropped = {*range(10, 50), *range(120, 160)}
         literal = literal_blocks(tokens, dropped, 16, 2 if dropped else 1)
         found = required_blocks(DefaultBlockManager.num_required_blocks, 2, sequence)
         assert found == literal, f"a chunk that ends at {limit}: {found} blocks, not {literal}"
+
+
+def test_an_engine_that_counts_blocks_otherwise_is_refused():
+    from ep_backends.lmdeploy.plugin import build_engine
+    from ep_backends.lmdeploy.settings import EnginePolicy
+
+    config = SimpleNamespace(
+        entropyprune=EnginePolicy("layer=2,keep=5"),
+        to_dict=lambda: {"model_type": "llava", "text_config": {"model_type": "llama"}},
+    )
+    engine = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=config),
+        scheduler=SimpleNamespace(block_manager=SimpleNamespace(num_required_blocks=None)),
+    )
+    with pytest.raises(UnsupportedError, match="counted by SimpleNamespace; pruning works with"):
+        build_engine(lambda engine: None, engine)
+    config.entropyprune = None
+    build_engine(lambda engine: None, engine)
 
 
 def test_a_picture_that_is_not_where_it_was_planned_is_noticed():

@@ -157,7 +157,7 @@ USED = (
     ),
     _used(
         "lmdeploy.messages:GenerationConfig",
-        "logprob_start_len return_ppl output_logits",
+        "logprob_start_len return_ppl",
         "what a request needs of every token of its prompt",
         _FIELDS,
     ),

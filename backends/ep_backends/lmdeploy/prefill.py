@@ -118,8 +118,6 @@ class Pruner:
                     f"{start} tokens of a sequence are cached, and nothing says which of them "
                     "layers >= K hold; please report it"
                 )
-            # from its start a sequence is computed anew
-            state = state if start else SequenceState()
             known = len(current.units)
             current.add(plan, new, prefix=start)
             ranked = current.units[known:] if self.settings.details else ()

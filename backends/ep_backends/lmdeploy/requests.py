@@ -145,7 +145,7 @@ def placeholders_of(pictures: Sequence[Mapping[str, Any]]) -> list[Placeholder]:
 
 def unprunable(gen_config: Any) -> Reason | None:
     """Why a request cannot be pruned, whatever its pictures, or None."""
-    if gen_config.logprob_start_len >= 0 or gen_config.output_logits == "all":
+    if gen_config.logprob_start_len >= 0:
         return Reason.PROMPT_LOGPROBS
     return Reason.PERPLEXITY if gen_config.return_ppl else None
 
