@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 from ep_core.errors import EntropyPruneError, UnsupportedError
 
@@ -80,7 +81,7 @@ class Unit:
     def __post_init__(self) -> None:
         if not self.runs:
             raise EntropyPruneError("a unit has at least one run of tokens")
-        for before, after in zip(self.runs, self.runs[1:], strict=False):
+        for before, after in pairwise(self.runs):
             if before.stop >= after.start:
                 raise EntropyPruneError(f"{before} and {after} of one unit touch or cross")
         if self.grid is not None and self.grid[0] * self.grid[1] != len(self):
@@ -111,7 +112,7 @@ class Unit:
         """Of each token between two runs, its distance from `start`."""
         return [
             at - self.start
-            for before, after in zip(self.runs, self.runs[1:], strict=False)
+            for before, after in pairwise(self.runs)
             for at in range(before.stop, after.start)
         ]
 
@@ -169,6 +170,12 @@ class RequestPlan:
     def __post_init__(self) -> None:
         if (self.reason is None) != (self.dropped > 0):
             raise EntropyPruneError(f"a plan drops tokens or says why not: {self}")
+        units = [planned.unit for planned in self.units]
+        for before, after in pairwise(units):
+            if before.stop > after.start:
+                raise EntropyPruneError(f"{before} and {after} cross, or are not in order")
+        if units and units[-1].stop > self.prompt_tokens:
+            raise EntropyPruneError(f"{units[-1]} ends behind a prompt of {self.prompt_tokens}")
 
     @classmethod
     def of(

@@ -1,1 +1,1 @@
-"""Model families, one file each: what every engine must know of them (see `ModelAdapter`)."""
+"""Model families, one file each: what every engine must know of them (`ep_core.family`)."""

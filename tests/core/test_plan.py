@@ -126,6 +126,19 @@ def test_a_plan_drops_tokens_or_says_why_not():
         replace(PLAN, reason=Reason.OFF)
 
 
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [
+        ([(2, 12), (8, 20)], "cross, or are not in order"),
+        ([(30, 40), (2, 12)], "cross, or are not in order"),
+        ([(2, 12), (90, 101)], "ends behind a prompt of 100"),
+    ],
+)
+def test_units_of_a_plan_stand_one_behind_the_other_inside_the_prompt(units, message):
+    with pytest.raises(EntropyPruneError, match=message):
+        a_plan(*[(unit(run), 3) for run in units])
+
+
 def test_an_unprunable_prompt_has_a_reason_that_is_counted_and_a_detail_that_is_read():
     error = Unprunable(Reason.LAYOUT, "a run of 7 tokens")
     plan = RequestPlan.whole((), 20, error.reason, error.detail)
@@ -211,6 +224,16 @@ def test_whole_units_and_text_count_as_tokens_that_stay_for_flops():
     assert [plan.units[0].keep, plan.units[2].keep] == [64, 64]
     assert made.shape.flops_reduction(800, 800 - plan.dropped, 2) >= 0.5
     assert made.shape.flops_reduction(800, 801 - plan.dropped, 2) < 0.5, "one more could stay"
+
+
+def test_a_reduction_in_flops_is_one_for_all_units_of_a_prompt():
+    """Alone, the smaller picture could not reach the reduction and would stay whole."""
+    units = [unit((2, 14)), unit((20, 66))]
+    made = settings(FlopsReduction(0.3))
+    joint = counts(made, units, 80, lenient=True)
+    assert joint == counts(made, units, 80), "a server plans as a program does"
+    assert max(joint[0] / 12, joint[1] / 46) < 1
+    assert counts(made, units[:1], 80, lenient=True) == [12]
 
 
 def test_another_policy_than_the_servers_is_planned_at_the_servers_layer():

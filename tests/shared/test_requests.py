@@ -58,6 +58,7 @@ def test_a_budget_of_the_request_takes_the_servers_other_settings_along(text, bu
         ("on", "cannot be read"),
         (True, "cannot be read"),
         (3, "cannot be read"),
+        (0, "cannot be read"),
         ([], "cannot be read"),
         ({"keep": 4, "average": 5}, "both keep and average"),
         ({"layer": 3}, "a request cannot set 'layer', only keep, average"),

@@ -71,7 +71,7 @@ def read_wish(asked: Any, server: PruningPolicy, *, details: bool = False) -> Wi
     """
     if asked is None:
         return Wish(server)
-    if asked in ("off", False):
+    if asked is False or asked == "off":
         return Wish(None, own=True)
     if not isinstance(asked, Mapping):
         raise PolicyError(f"entropyprune={asked!r} cannot be read; examples are {EXAMPLE}")

@@ -73,6 +73,10 @@ class Thread(threading.local):
     current: ForwardPass | None = None  # while the decoder runs
     latest: PaddedPass | None = None  # what ran through the decoder last
 
+    def forget(self) -> None:
+        """Let go of a pass that an exception ended: its tensors may be large."""
+        self.planned = self.current = self.labels = None
+
 
 @dataclass
 class LayerHooks:

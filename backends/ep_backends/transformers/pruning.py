@@ -126,6 +126,7 @@ class Pruning:
         """Remove every hook; the model is as it was before `enable`. Twice does nothing."""
         self._on = False
         self._patches.undo()
+        self._thread.forget()
 
     def __enter__(self) -> Self:
         return self
@@ -192,14 +193,17 @@ class Pruning:
         if not self._on:
             return
         given = _by_name(self._signatures[module], args, kwargs)
-        check_inputs(module, self._decoder, given)
         cache = given.get("past_key_values")
-        continues = cache is not None and check_cache(cache, self.policy)
-        cached = 0 if cache is None else cache.get_seq_length()
+        cached = cache.get_seq_length() if isinstance(cache, Cache) else 0
         inputs = given.get("input_ids")
         if inputs is None:
             inputs = given["inputs_embeds"]
         rows, columns = inputs.shape[:2]
+        decode = columns == 1 and cached > 0
+        if not decode:
+            thread.latest = _NOTHING
+        check_inputs(module, self._decoder, given)
+        continues = cache is not None and check_cache(cache, self.policy)
         mask = given.get("attention_mask")
         if mask is None:
             mask = torch.ones(rows, cached + columns, device=inputs.device)
@@ -209,9 +213,8 @@ class Pruning:
                 "padding; got another kind of mask"
             )
         thread.planned = current = ForwardPass(mask.bool(), cached, continues)
-        if columns == 1:  # decode
+        if decode:
             return
-        thread.latest = _NOTHING
         self._check_in_place(module)
         grids = picture_grids(self._settings.config, given) or thread.grids
         plans = plan_rows(self._settings, inputs, current.shown, cached, grids)
