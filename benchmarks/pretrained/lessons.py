@@ -1,6 +1,7 @@
 """Which pictures and questions a training step and an evaluation see."""
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -15,7 +16,6 @@ from benchmarks.embedded_model.scenes import (
     Studio,
     Thing,
     ask,
-    ask_each,
 )
 from benchmarks.pretrained.packing import Prompt
 from benchmarks.pretrained.scenes import ClutteredStudio
@@ -23,8 +23,13 @@ from benchmarks.pretrained.scenes import ClutteredStudio
 Part = Literal["look", "ask"]
 GRIDS = ((8, 8), (8, 10), (10, 8), (10, 10), (12, 12), (12, 12), (8, 12), (12, 8), (12, 16))
 SQUARE = (12, 12)
-KINDS = {"plain": Studio, "cluttered": ClutteredStudio}
-CLUTTERED_SHARE = 0.6
+KINDS: dict[str, Callable[[Split], Studio]] = {
+    "plain": Studio,
+    "cluttered": ClutteredStudio,
+    # One shape: nothing has to be told apart, which SmolLM2 untrained cannot do in text either.
+    "single": partial(ClutteredStudio, shapes=(1, 1)),
+}
+KIND_SHARES = {"plain": 0.3, "cluttered": 0.45, "single": 0.25}
 TASK_WEIGHTS = {
     "color": 2.0,
     "shape": 2.0,
@@ -65,6 +70,21 @@ def exam(kind: str, first: int, size: int, grid: tuple[int, int] = SQUARE) -> li
     return prompts
 
 
+def ask_about(rng: Rng, picture: Picture, task: str) -> Question | None:
+    """A random question of one task, or None where the picture allows none."""
+    shapes = sum(bool(thing.shape) for thing in picture.things)
+    return None if task == "relation" and shapes < 2 else ask(rng, picture, task)
+
+
+def ask_each(rng: Rng, picture: Picture, attempts: int = 10) -> list[Question]:
+    """One question of every task that the picture allows."""
+    questions = []
+    for task in TASKS:
+        tries = (ask_about(rng, picture, task) for _ in range(attempts))
+        questions += [question for question in tries if question is not None][:1]
+    return questions
+
+
 def ask_all(picture: Picture) -> Question:
     """What there is, from left to right. Only training asks this: it has much to answer."""
     things = sorted(picture.things, key=lambda thing: thing.center[1])
@@ -85,15 +105,15 @@ def ask_corner(rng: Rng, picture: Picture) -> Question:
     return Question("corner", f"what is {CORNERS[corner]}?", answer, (), ())
 
 
-def _prompt(rng: Rng, grid: tuple[int, int], ask_about: bool) -> Prompt:
-    kind = "cluttered" if rng.random() < CLUTTERED_SHARE else "plain"
+def _prompt(rng: Rng, grid: tuple[int, int], questioned: bool) -> Prompt:
+    kind = str(rng.choice(list(KIND_SHARES), p=list(KIND_SHARES.values())))
     picture = studio(kind, "train").picture(rng, grid)
-    if not ask_about:
+    if not questioned:
         return Prompt(picture, [])
     questions = {q.text: q for q in (ask_all(picture), ask_corner(rng, picture))}
     weights = np.array(list(TASK_WEIGHTS.values()))
     for task in rng.choice(list(TASK_WEIGHTS), 2 * QUESTIONS, p=weights / weights.sum()):
-        question = ask(rng, picture, str(task))
+        question = ask_about(rng, picture, str(task))
         if question and len(questions) < QUESTIONS + 2:
             questions.setdefault(question.text, question)
     return Prompt(picture, list(questions.values()))

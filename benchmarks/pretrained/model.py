@@ -180,8 +180,8 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        update: Tensor = F.linear(F.linear(x, SCALE * self.down), self.up)
-        return self.base(x) + update
+        unchanged: Tensor = self.base(x)
+        return unchanged + F.linear(F.linear(x, SCALE * self.down), self.up)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

@@ -72,7 +72,7 @@ def collate(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> Batch:
     length = len(prefix) + max(len(row) for row, _ in rows)
     length += -length % 16  # few different lengths, so that kernels are found again
     size = len(prompts)
-    ids = torch.full((size, length), tokenizer.token_to_id(END_OF_TEXT))
+    ids = torch.full((size, length), _token(tokenizer, END_OF_TEXT))
     segments = torch.full((size, length), -1)
     positions = torch.zeros(3, size, length, dtype=torch.long)
     ids[:, : len(prefix)] = torch.tensor(prefix)
@@ -101,7 +101,7 @@ def collate(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> Batch:
         pixels=torch.cat([token_pixels(picture) for picture in pictures]),
         words=torch.cat([token_words(picture, tokenizer) for picture in pictures]),
         ids=ids,
-        is_visual=ids.eq(tokenizer.token_to_id(IMAGE_PAD)),
+        is_visual=ids.eq(_token(tokenizer, IMAGE_PAD)),
         segments=segments,
         positions=positions,
         mask=visibility(segments),
@@ -116,14 +116,14 @@ def picture_prefix(grid: tuple[int, int], tokenizer: Tokenizer) -> tuple[list[in
     """Token ids and M-RoPE positions [3, L] (frame, row, column) of a prompt up to its question."""
     rows, columns = grid
     start = tokenizer.encode(PROMPT_START + VISION_START).ids
-    pads = [tokenizer.token_to_id(IMAGE_PAD)] * (rows * columns)
+    pads = [_token(tokenizer, IMAGE_PAD)] * (rows * columns)
     place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
     positions = [
         torch.arange(len(start)).expand(3, -1),
         len(start) + torch.cat([torch.zeros_like(place[:1]), place]),
         torch.full((3, 1), len(start) + max(rows, columns)),
     ]
-    return [*start, *pads, tokenizer.token_to_id(VISION_END)], torch.cat(positions, 1)
+    return [*start, *pads, _token(tokenizer, VISION_END)], torch.cat(positions, 1)
 
 
 def visibility(segments: Tensor) -> Tensor:
@@ -180,6 +180,13 @@ def token_pixels(picture: Picture) -> Tensor:
     part = pixels.shape[0] // (rows * DETAIL)
     coarse = pixels.view(rows, DETAIL, part, columns, DETAIL, part, 3).mean((2, 5))
     return coarse.permute(0, 2, 1, 3, 4).reshape(rows * columns, PIXELS)
+
+
+def _token(tokenizer: Tokenizer, name: str) -> int:
+    """The id of a special token that is known to exist."""
+    found = tokenizer.token_to_id(name)
+    assert found is not None, name
+    return found
 
 
 def _pack(

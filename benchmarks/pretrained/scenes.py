@@ -8,6 +8,7 @@ A seed gives the same picture again, and the splits share neither photographs no
 """
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -29,16 +30,18 @@ from benchmarks.embedded_model.scenes import (
 )
 
 Values = NDArray[np.float32]
+Mask = NDArray[np.floating[Any]]
 SMALL_FONTS = (12, 14, 16, 18, 20)
 LEAST_CONTRAST = 90  # between a shape's colour and what it lies on: a distance in RGB
 SUPERSAMPLED = 4  # masks are drawn this much larger
 
 
 class ClutteredStudio(Studio):
-    """Draws the cluttered pictures of one split."""
+    """Draws the cluttered pictures of one split, with so many shapes (at least, at most)."""
 
-    def __init__(self, split: Split, photos: list[Image.Image] | None = None) -> None:
-        super().__init__(split, photos)
+    def __init__(self, split: Split, shapes: tuple[int, int] = (3, 4)) -> None:
+        super().__init__(split)
+        self.shapes = shapes
         folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
         self.small_fonts = [
             ImageFont.truetype(folder / f"{name}.ttf", size)
@@ -55,7 +58,7 @@ class ClutteredStudio(Studio):
             self._add_clutter(rng, canvas)
         cell_rows, cell_columns = (max(3, round(n / CELL_TOKENS)) for n in grid)
         cell = height // cell_rows, width // cell_columns
-        shapes = int(rng.integers(3, 5))
+        shapes = int(rng.integers(self.shapes[0], self.shapes[1] + 1))
         things: list[Thing] = []
         for place in rng.permutation(cell_rows * cell_columns)[: shapes + 2]:
             corner = place // cell_columns * cell[0], place % cell_columns * cell[1]
@@ -199,7 +202,7 @@ def _outline(shape: str, size: int, rng: Rng) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in points]
 
 
-def _blend(canvas: Values, mask: Values, ink: Values, corner: tuple[int, int]) -> None:
+def _blend(canvas: Values, mask: Mask, ink: Mask, corner: tuple[int, int]) -> None:
     """Lay `ink` on the canvas where the mask, [height, width] from 0 to 1, says so."""
     part = canvas[corner[0] :, corner[1] :][: mask.shape[0], : mask.shape[1]]
     part += mask[..., None] * (ink - part)

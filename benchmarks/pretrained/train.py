@@ -9,10 +9,10 @@ Three stages, each of which starts from what the one before has learnt:
 * `tuned`: low-rank updates of the decoder learn as well (the second variant).
 
 The batches of a step depend only on (seed, stage, step). A stage ends after its steps or its share
-of `--hours`, whichever comes first, and its learning rate falls accordingly. The folder gets a
-checkpoint of each stage, snapshots along the way, a log, and each variant as a checkpoint folder.
-Called again, the command goes on from the last checkpoint, to the end of longer `--hours` if these
-are given; a stage is closed once the next one has a checkpoint.
+of `--hours`, whichever comes first, and its learning rate falls accordingly. Hours are CPU time:
+beside other work a training takes longer, not fewer steps. The folder gets a checkpoint of each
+stage, snapshots along the way, a log, and each variant as a checkpoint folder. Called again, the
+command goes on from the last checkpoints, to the end of longer `--hours` if these are given.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Stage:
 
     name: str
     steps: int
-    share: float  # of the hours
+    share: float  # of the CPU time
     asked_about: int  # pictures in a step: behind some, questions are packed
     looked_at: int  # others only train the heads that tell what lies where, at a tenth of the cost
     label_weight: float  # of the losses of these heads
@@ -80,26 +80,31 @@ class Training:
         if decoder:
             groups.append({"params": decoder, "peak": self.stage.decoder_rate})
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds = 0, 0.0  # seconds of CPU time
+        before = out / f"{STAGES[index - 1].name}.pt"
         if self.path.exists():
             checkpoint = torch.load(self.path)
             student.take(checkpoint["student"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
+        elif index:
+            if not before.exists():
+                raise SystemExit(f"{before} is missing: train {STAGES[index - 1].name} first")
+            student.take(torch.load(before)["student"])
 
     def run(self, hours: float, seed: int) -> None:
         """Take the steps that are left, and write what the stage has to show."""
         limit = 3600 * hours * self.stage.share
         first = self.step
         record: dict[str, list[float]] = defaultdict(list)
-        last = time.monotonic()
+        last = time.process_time()
         while (progress := max(self.step / self.stage.steps, self.seconds / limit)) < 1:
             if self.step in SNAPSHOTS:
                 self._snapshot()
             for name, value in self.learn(seed, progress).items():
                 record[name].append(value)
             self.step += 1
-            now = time.monotonic()
+            now = time.process_time()
             self.seconds, last = self.seconds + now - last, now
             if self.step % REPORT == 0:
                 self._log({name: round(float(np.mean(x)), 3) for name, x in record.items()})
@@ -213,7 +218,9 @@ def main() -> None:
     """Parse the command line and go through the stages."""
     parser = argparse.ArgumentParser(description="Train both variants, or go on with it.")
     parser.add_argument("--out", type=Path, required=True, help="folder; resumed if it exists")
-    parser.add_argument("--hours", type=float, default=2.3, help="bound on the time of training")
+    parser.add_argument("--hours", type=float, default=2.3, help="bound on the CPU time")
+    names = [stage.name for stage in STAGES]
+    parser.add_argument("--stages", nargs="+", choices=names, default=names, help="to go on with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -229,9 +236,8 @@ def main() -> None:
         for index, stage in enumerate(STAGES):
             if stage.decoder_rate:
                 add_updates(student.model)
-            if any((args.out / f"{later.name}.pt").exists() for later in STAGES[index + 1 :]):
-                continue
-            Training(args.out, index, student, tokenizer).run(args.hours, args.seed)
+            if stage.name in args.stages:
+                Training(args.out, index, student, tokenizer).run(args.hours, args.seed)
 
 
 if __name__ == "__main__":
