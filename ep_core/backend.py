@@ -15,7 +15,7 @@ import torch
 
 from ep_core.budget import Budget
 from ep_core.errors import UnsupportedError
-from ep_core.patching import PointStatus
+from ep_core.ledger import PointStatus
 from ep_core.plan import RequestPlan
 from ep_core.policy import PruningPolicy
 from ep_core.report import SpanRecord

@@ -1,73 +1,15 @@
-"""Reaching into a host safely: check before, apply, be able to undo, say what was done.
-
-An `AttachPoint` is a ledger entry and stands beside the code that uses it. `check_point` looks at
-the installed host without changing it, `Patches` applies and reverses changes.
-"""
+"""Changing a host so that it can be undone: look before, replace, put back."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from ep_core.errors import UnsupportedError
 
 _MISSING = object()
-
-
-@dataclass(frozen=True)
-class AttachPoint:
-    """One place where a backend depends on the inside of its host.
-
-    Attributes:
-        target: `"package.module:Qualified.name"` of a callable or a property.
-        parameters: parameters that the target must take, by name.
-        why: what the backend needs there.
-        upstream: whether the host offers an official way, as far as is known.
-        remove_when: what would make this entry unnecessary.
-    """
-
-    target: str
-    parameters: tuple[str, ...]
-    why: str
-    upstream: str
-    remove_when: str
-
-
-@dataclass(frozen=True)
-class PointStatus:
-    """An attach point as found: `ok` with what it is for, or `FAILED` with a reason."""
-
-    target: str
-    state: Literal["ok", "FAILED"]
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.state}: {self.detail}"
-
-
-def check_point(point: AttachPoint) -> PointStatus:
-    """Resolve an attach point and compare its signature, changing nothing."""
-    module_name, _, path = point.target.partition(":")
-    try:
-        target: Any = importlib.import_module(module_name)
-        for name in path.split("."):
-            target = getattr(target, name)
-    except Exception as error:  # importing a host can raise anything: a missing driver, say
-        return PointStatus(point.target, "FAILED", f"not found: {error}")
-    if isinstance(target, property):
-        return PointStatus(point.target, "ok", point.why)
-    if not callable(target):
-        return PointStatus(point.target, "FAILED", "it is no callable any more")
-    missing = missing_parameters(target, point.parameters)
-    if missing:
-        return PointStatus(
-            point.target, "FAILED", f"its signature no longer takes {', '.join(missing)}"
-        )
-    return PointStatus(point.target, "ok", point.why)
 
 
 def missing_parameters(target: Callable[..., Any], names: tuple[str, ...]) -> list[str]:

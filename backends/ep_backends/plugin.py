@@ -53,6 +53,6 @@ def entropyprune_backends() -> list[BackendSpec]:
             "transformers",
             "plain transformers, model.generate",
             _transformers,
-            {name: family.works for name, family in transformers.FAMILIES.items()},
+            transformers.FAMILIES,
         ),
     ]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ep_backends.lmdeploy
-from ep_backends.lmdeploy import ledger
+from ep_backends.lmdeploy import refusals
 from ep_backends.lmdeploy.backend import LMDeployBackend
 from ep_conformance.checkpoints import tiny_llava, tiny_qwen2_5_vl
 from ep_core.errors import UnsupportedError
@@ -59,7 +59,7 @@ REFUSED = {
 def test_every_refused_argument_is_tested_and_exists():
     from lmdeploy import PytorchEngineConfig
 
-    assert set(ledger._ARGUMENTS) <= set(REFUSED)
+    assert set(refusals._ARGUMENTS) <= set(REFUSED)
     assert {field.name for field in dataclasses.fields(PytorchEngineConfig)} >= set(REFUSED)
 
 
@@ -95,7 +95,7 @@ def test_argument_that_lmdeploy_sees_first_is_refused_by_name(name):
     config = PytorchEngineConfig(**CPU)
     setattr(config, name, value)
     with pytest.raises(UnsupportedError, match=message):
-        ledger.check_arguments(config, None)
+        refusals.check_arguments(config, None)
 
 
 def test_prefix_caching_is_off_for_these_models(model):

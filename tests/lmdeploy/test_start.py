@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import inspect
 import os
 import pickle
 import pkgutil
@@ -16,15 +15,17 @@ from types import SimpleNamespace
 import pytest
 
 import ep_backends.lmdeploy
-from ep_backends.lmdeploy import ledger, plugin
+from ep_backends.lmdeploy import plugin
 from ep_backends.lmdeploy.attached import settings_of
 from ep_backends.lmdeploy.families import FAMILIES
+from ep_backends.lmdeploy.ledger import LEDGER
 from ep_backends.lmdeploy.settings import EnginePolicy, settings_in
 from ep_conformance.checkpoints import tiny_qwen2_5_vl
 from ep_core.errors import EntropyPruneError, PolicyError, UnsupportedError
-from ep_core.patching import check_point
+from ep_core.ledger import check_point
 from ep_core.policy import PruningPolicy
 
+from ..ledgers import changes, planted, redefined, renamed  # noqa: TID252 # no installed package
 from .common import CPU, ask, launch, no_pruning, picture, start
 
 # the engine's warnings are not ours to fix
@@ -48,48 +49,36 @@ def inactive():
 # Attach points.
 
 
-@pytest.mark.parametrize("point", ledger.points(), ids=lambda point: point.target)
-def test_attach_point_fits_the_installed_version(point):
-    status = check_point(point)
-    assert status.state == "ok", status.detail
-    assert point.why
-    assert point.upstream
-    assert point.remove_when
+def test_everything_fits_the_installed_version():
+    for status in LEDGER.check():
+        assert status.state == "ok", f"{status.target}: {status.detail}"
+        assert status.detail, f"{status.target}: nothing says what it is for"
 
 
-@pytest.mark.parametrize("point", ledger.points(), ids=lambda point: point.target)
-@pytest.mark.parametrize("change", ["gone", "takes something else"])
-def test_attach_point_of_another_version_is_noticed(point, change):
-    if change == "takes something else" and not point.parameters:
-        return
-    path, _, name = point.target.replace(":", ".").rpartition(".")
-    owner = pkgutil.resolve_name(path)
-    with pytest.MonkeyPatch.context() as patch:
-        if change == "gone":
-            patch.delattr(owner, name)
-            if hasattr(owner, name):
-                return  # a base class has one like it
-        else:
-            patch.setattr(owner, name, lambda self, other: None)
+@pytest.mark.parametrize(("point", "change"), changes(LEDGER))
+def test_a_change_of_lmdeploy_is_noticed(point, change):
+    start = ep_backends.lmdeploy.activate
+    for group in ("in_workers", "in_sessions"):
+        if point in LEDGER.points[group]:
+            start = partial(refuse, group)
+    with planted(point, change):
         assert check_point(point).state == "FAILED"
-        start = ep_backends.lmdeploy.activate
-        for elsewhere in (ledger.IN_WORKERS, ledger.IN_SESSIONS):
-            if point in elsewhere:
-                start = partial(ledger.check_points, elsewhere)
         with pytest.raises(UnsupportedError, match=r"does not fit: .* run entropyprune doctor"):
             start()
 
 
-def test_what_our_classes_override_is_in_the_ledger():
+def refuse(group):
+    LEDGER.require(LEDGER.check(group))
+
+
+@pytest.mark.parametrize("extension", LEDGER.extensions, ids=lambda extension: extension.ours)
+def test_every_redefinition_that_lmdeploy_renames_is_noticed(extension):
     """A method that LMDeploy calls otherwise one day would override nothing."""
-    targets = {point.target for point in ledger.points()}
-    for ours, bases in ledger.OVERRIDDEN.items():
-        owners = {base: vars(pkgutil.resolve_name(base)) for base in bases}
-        for name, method in vars(pkgutil.resolve_name(ours)).items():
-            if inspect.isfunction(method) and not name.startswith("__"):
-                found = [f"{base}.{name}" for base, theirs in owners.items() if name in theirs]
-                assert found, f"{ours}.{name} overrides nothing"
-                assert set(found[:1]) <= targets
+    names = list(redefined(extension))
+    assert names
+    for base, name in names:
+        with renamed(base, name), pytest.raises(UnsupportedError, match=rf"does not fit.*{name}"):
+            ep_backends.lmdeploy.activate()
 
 
 def test_every_class_of_ours_that_stands_in_for_one_of_lmdeploys_is_known():
@@ -102,12 +91,15 @@ def test_every_class_of_ours_that_stands_in_for_one_of_lmdeploys_is_known():
         if isinstance(kind, type) and kind.__module__ == module.__name__
     }
     made = {f"{models.__name__}:Pruned{family.architecture}" for family in FAMILIES.values()}
-    assert found - made == {*ledger.OVERRIDDEN, f"{models.__name__}:_Ranks"}
+    assert found - made == {
+        *(extension.ours for extension in LEDGER.extensions),
+        f"{models.__name__}:_Ranks",
+    }
 
 
 def test_what_is_replaced_is_in_the_ledger():
     """Each `setattr` of ours on an object of LMDeploy's, found in the source."""
-    sources = Path(ledger.__file__).parent.glob("*.py")
+    sources = Path(ep_backends.lmdeploy.__file__).parent.glob("*.py")
     found = {
         name
         for source in sources
@@ -117,17 +109,15 @@ def test_what_is_replaced_is_in_the_ledger():
     }
     assert found == {"num_required_blocks", "update_running"}
     for name in found:
-        assert any(point.target.endswith(f".{name}") for point in ledger.points()), name
+        assert any(point.target.endswith(f".{name}") for point in LEDGER.all_points()), name
 
 
 def test_an_untested_version_is_said_once(monkeypatch, caplog):
-    monkeypatch.setattr("lmdeploy.version.__version__", "0.18.7")
-    ledger.warn_untested.cache_clear()
+    monkeypatch.setattr("ep_core.ledger.version", lambda package: "0.18.7")
     for _ in range(2):
         ep_backends.lmdeploy.activate().undo()
-    ledger.warn_untested.cache_clear()
     (record,) = caplog.records
-    assert record.getMessage().startswith("LMDeploy 0.18.7 was not tested with pruning, 0.18.0 was")
+    assert "never tested with LMDeploy 0.18.7, tested is 0.18.0" in record.getMessage()
 
 
 def test_activating_leaves_cuda_to_the_workers():
@@ -147,13 +137,13 @@ def test_activating_leaves_cuda_to_the_workers():
 def test_the_version_is_the_one_the_ledger_names():
     from lmdeploy.version import __version__
 
-    assert __version__ == ledger.TESTED
+    assert LEDGER.tested[-1] == __version__
 
 
 def functions():
     return {
         point.target: vars(pkgutil.resolve_name(path))[name]
-        for point in ledger.HOOKED.values()
+        for point in LEDGER.points["wrapped"]
         for path, _, name in [point.target.replace(":", ".").rpartition(".")]
     }
 
@@ -176,8 +166,8 @@ def test_doctor_shows_every_point():
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for point in ledger.points():
-        assert f"{point.target}\n    ok" in done.stdout, point.target
+    for status in LEDGER.check():
+        assert f"{status.target}\n    ok" in done.stdout, status.target
 
 
 # Nothing set.

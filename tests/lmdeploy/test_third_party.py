@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import ep_backends.lmdeploy
-from ep_backends.lmdeploy import ledger
+from ep_backends.lmdeploy import refusals
 from ep_backends.lmdeploy.families import FAMILIES
 from ep_backends.lmdeploy.requests import placeholders_of
 from ep_conformance.checkpoints import make_picture
@@ -150,7 +150,7 @@ SETTINGS = SimpleNamespace(
 
 
 def check(model, theirs, layers, settings=SETTINGS):
-    ledger.check_decoder(model, super(type(model).__mro__[1], model), layers, settings)
+    refusals.check_decoder(model, super(type(model).__mro__[1], model), layers, settings)
 
 
 def test_a_decoder_that_fits_is_taken():

@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 import ep_backends.sglang
-from ep_backends.sglang import ledger
+from ep_backends.sglang.ledger import LEDGER, probe
 from ep_core import plugins
+from ep_core.ledger import check_extension, check_point
+
+from ..ledgers import changes, extending, planted, redefined, renamed  # noqa: TID252 # no package
 
 pytestmark = pytest.mark.filterwarnings("default")  # the engine's warnings are not ours to fix
 
@@ -22,69 +25,68 @@ FILES = sorted(Path(ep_backends.sglang.__file__).parent.glob("*.py"))
 OTHERS = {
     *("cell_contents", "AROUND", "structs", "run_until_complete", "to_dict"),
     *("apply_chat_template", "record_event", "wait_event", "Module", "ModuleList", "labels"),
-    *("Engine", "n", "argval"),
+    *("Engine", "n"),
     "image_pad_len",  # of the older LLaVA code path, whose processors set what they like
 }
 
 
 def failures():
-    return {status.target: status.detail for status in ledger.probe() if status.state == "FAILED"}
+    return {status.target: status.detail for status in probe() if status.state == "FAILED"}
 
 
 def test_everything_fits_the_installed_version():
     assert not failures()
-    for status in ledger.probe():
+    for status in probe():
         assert status.detail, f"{status.target}: nothing says what it is for"
-
-
-def test_every_point_says_why_and_until_when():
-    for point in (*ledger.CALLED, *ledger.HOOKED.values()):
-        assert point.why
-        assert point.upstream
-        assert point.remove_when
 
 
 def test_the_version_is_the_one_the_ledger_names():
     from sglang.version import __version__
 
-    assert __version__ == ledger.TESTED
+    assert LEDGER.tested[-1] == __version__
 
 
-def test_every_hook_is_a_point_and_every_point_a_hook():
-    from ep_backends.sglang.plugin import hooks
+def test_every_wrapper_is_a_function_of_ours():
+    wrappers = dict(LEDGER.wrappers())
+    assert wrappers.keys() == {point.target for point in LEDGER.points["wrapped"]}
+    assert len(set(wrappers.values())) == len(wrappers), "one function wraps two"
+    for wrapper in wrappers.values():
+        assert next(iter(inspect.signature(wrapper).parameters)) == "original"
 
-    assert hooks().keys() == ledger.HOOKED.keys()
+
+@pytest.mark.parametrize(("point", "change"), changes(LEDGER))
+def test_a_change_of_sglang_is_noticed(point, change):
+    with planted(point, change):
+        assert check_point(point).state == "FAILED"
 
 
 @pytest.mark.parametrize(
     "name", ["_evict_device_start", "_evict_device_next_node", "_evict_device_end"]
 )
-def test_a_private_method_that_sglang_renames_is_noticed(name, monkeypatch):
+def test_a_private_method_that_sglang_renames_is_noticed(name):
     """Ours would not be called any more, and eviction would leave prefixes without their ends."""
     from sglang.srt.mem_cache.unified_cache.components.swa import SWAComponent
 
-    rename(SWAComponent, name, monkeypatch)
-    (target,) = failures()
+    with renamed(SWAComponent, name):
+        (target,) = failures()
     assert target.endswith(f"SWAComponent.{name}")
 
 
-def rename(base, name, monkeypatch):
-    for each in inspect.getmro(base):
-        if name in vars(each):
-            monkeypatch.setattr(each, f"{name}_of_nodes", vars(each)[name], raising=False)
-            monkeypatch.delattr(each, name)
+def test_redefinitions_are_read_off_the_classes():
+    assert sum(len(list(redefined(extension))) for extension in LEDGER.extensions) > 20
 
 
-def test_every_redefinition_is_checked(monkeypatch):
-    """Whatever SGLang renames of what is redefined, its check fails."""
-    names = list(ledger.redefined())
-    assert len(names) > 30
-    for ours, name in names:
-        if name in ledger.NEW[ours.__name__]:
-            continue
-        with monkeypatch.context() as renamed:
-            rename(ours.__bases__[0], name, renamed)
-            assert ledger.check_redefined(ours, name).state == "FAILED", f"{ours.__name__}.{name}"
+@pytest.mark.parametrize("extension", LEDGER.extensions, ids=lambda extension: extension.ours)
+def test_every_redefinition_that_sglang_renames_is_noticed(extension):
+    for base, name in redefined(extension):
+        with renamed(base, name):
+            failed = [one for one in check_extension(extension) if one.state == "FAILED"]
+        assert [one.target.rpartition(".")[2] for one in failed] == [name]
+
+
+def test_every_class_that_extends_one_of_sglangs_is_in_the_ledger():
+    extended = {extension.ours for extension in LEDGER.extensions}
+    assert extending(ep_backends.sglang, "sglang") == extended
 
 
 def test_a_method_of_sglangs_by_the_name_of_one_of_ours_is_noticed(monkeypatch):
@@ -103,38 +105,22 @@ def test_a_parameter_that_is_gone_is_noticed(monkeypatch):
     assert detail == "its signature no longer takes up_to"
 
 
-class Host:
-    declared: int
+@pytest.mark.parametrize("name", ["pp_size", "enable_lora"])
+def test_a_refused_argument_that_is_gone_is_noticed(name, monkeypatch):
+    from ep_backends.sglang import ledger
 
-    def method(self):
-        """Sets one more."""
-        self.set_by_a_method = self.read_by_a_method
-
-
-@pytest.mark.parametrize("read", ledger.READ, ids=lambda read: read.owner)
-def test_an_attribute_that_is_gone_is_noticed(read):
-    gone = ledger.Read(read.owner, (*read.names, "not_there_at_all"), read.why)
-    assert ledger.check_read(read).state == "ok"
-    assert "it has no not_there_at_all any more" in ledger.check_read(gone).detail
-
-
-def test_attributes_that_objects_are_given_are_found():
-    assert {"declared", "set_by_a_method"} <= ledger._given_to_objects(Host)
-    assert "read_by_a_method" not in ledger._given_to_objects(Host)
-
-
-def test_a_class_that_is_gone_is_a_failure_and_no_traceback():
-    gone = ledger.Read("sglang.srt.managers.scheduler:NoSuchClass", ("a",), "")
-    assert ledger.check_read(gone).state == "FAILED"
+    for table in ("FINE", "OFF"):
+        known = getattr(ledger, table)
+        changed = {f"{key}_of_old" if key == name else key: known[key] for key in known}
+        monkeypatch.setattr(ledger, table, changed)
+    assert failures() == {"sglang.srt.server_args:ServerArgs": f"it has no {name}_of_old any more"}
 
 
 def test_whatever_is_read_is_in_the_ledger():
     """By names: an attribute that is neither ours, the core's, torch's nor Python's is SGLang's."""
     known = set(OTHERS)
-    for point in (*ledger.CALLED, *ledger.HOOKED.values()):
-        known |= {*point.target.replace(":", ".").split("."), *point.parameters}
-    for read in ledger.READ:
-        known |= {read.owner.rpartition(":")[2], *read.names}
+    for point in LEDGER.all_points():
+        known |= {*point.target.replace(":", ".").split("."), *point.takes, *point.reads}
     for owner in (torch, torch.Tensor, torch.cuda, nn.Module, str, list, dict, tuple, set, type):
         known |= set(dir(owner))
     trees = {file.name: ast.parse(file.read_text()) for file in FILES}
@@ -165,7 +151,7 @@ def test_whatever_is_read_is_in_the_ledger():
         and node.attr not in known
         and not node.attr.startswith("_")
     }
-    assert not unlisted, f"read, and not in ledger.READ: {sorted(unlisted)}"
+    assert not unlisted, f"read, and not in the ledger: {sorted(unlisted)}"
 
 
 def a_pipeline_with_a_step_behind_ours(server_args):
@@ -209,8 +195,8 @@ def test_attributes_of_attention_backends_are_decided_one_by_one():
 
 def test_another_version_is_mentioned_once():
     program = """
-import logging, sglang.version
-sglang.version.__version__ = "0.5.24"
+from ep_core import ledger
+ledger.version = lambda package: "0.5.24"
 from ep_backends.sglang.plugin import install
 install()
 install()
@@ -222,4 +208,4 @@ install()
         timeout=600,
         check=True,
     )
-    assert done.stderr.count("tested with SGLang 0.5.23, this is 0.5.24") == 1, done.stderr
+    assert done.stderr.count("never tested with SGLang 0.5.24, tested is 0.5.23") == 1, done.stderr

@@ -8,7 +8,7 @@ from ep_backends.sglang import backend
 from ep_core import demo
 from ep_core.backend import Request
 from ep_core.errors import EntropyPruneError, UnsupportedError
-from ep_core.patching import PointStatus
+from ep_core.ledger import PointStatus
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
 

@@ -1,10 +1,7 @@
 """What cannot be pruned is refused by name, or runs unpruned and says why."""
 
 import copy
-import warnings
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any
 
 import pytest
@@ -12,8 +9,7 @@ import torch
 from transformers import DynamicCache, LlavaForConditionalGeneration, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from ep_backends import transformers as package
-from ep_backends.transformers import enable, ledger
+from ep_backends.transformers import enable
 from ep_backends.transformers.backend import TransformersBackend
 from ep_core import BudgetError, PluginError, PolicyError, PruningPolicy, UnsupportedError
 
@@ -577,47 +573,3 @@ def test_a_compiled_vision_tower_is_no_obstacle(lab):
     model = lab("llava").model()
     model.model.vision_tower.compile(backend="eager")
     enable(model, POLICY).disable()
-
-
-def test_what_is_overridden_is_in_the_ledger():
-    """Of every class of this backend that inherits from one of transformers'."""
-    modules = [
-        import_module(f"{package.__name__}.{file.name}") for file in iter_modules(package.__path__)
-    ]
-    classes = {
-        own
-        for module in modules
-        for own in vars(module).values()
-        if isinstance(own, type) and own.__module__ == module.__name__
-    }
-    overridden = [
-        f"{host.__module__}:{host.__qualname__}.{name}"
-        for own in classes
-        for host in own.__bases__
-        if host.__module__.startswith("transformers")
-        for name in vars(own)
-        if hasattr(host, name) and not name.startswith("_")
-    ]
-    assert "transformers.cache_utils:DynamicLayer.update" in overridden
-    assert set(overridden) <= {point.target for point in ledger.POINTS}
-
-
-def test_every_point_fits_the_installed_transformers():
-    assert {status.state for status in TransformersBackend().probe()} == {"ok"}
-
-
-@pytest.mark.parametrize(
-    ("installed", "warned"),
-    [("5.16.9", True), ("5.17.0", False), ("5.23.4", False), ("5.24.0.dev0", True)],
-)
-def test_a_version_that_was_never_tested_is_named_once(qwen_model, monkeypatch, installed, warned):
-    monkeypatch.setattr(ledger, "version", lambda name: installed)
-    ledger.warn_of_untested_version.cache_clear()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            enable(qwen_model, POLICY).disable()
-    ledger.warn_of_untested_version.cache_clear()
-    told = [str(one.message) for one in caught if "never tested" in str(one.message)]
-    assert len(told) == int(warned)
-    assert all(f"transformers {installed}" in line and "5.17.0 to 5.23" in line for line in told)

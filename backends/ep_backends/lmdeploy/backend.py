@@ -17,6 +17,7 @@ import torch
 
 from ep_backends.lmdeploy.attached import SequenceState, state_in
 from ep_backends.lmdeploy.families import FAMILIES
+from ep_backends.lmdeploy.ledger import LEDGER
 from ep_backends.lmdeploy.settings import EnginePolicy, LMDeploySettings
 from ep_backends.shared.pictures import read_picture
 from ep_backends.shared.requests import FIELD, session_wish
@@ -32,7 +33,7 @@ from ep_core.backend import (
 )
 from ep_core.checkpoint import read_config
 from ep_core.errors import EntropyPruneError, UnsupportedError
-from ep_core.patching import PointStatus, check_point
+from ep_core.ledger import PointStatus
 from ep_core.plan import Reason, RequestPlan
 from ep_core.policy import PruningPolicy
 from ep_core.report import RequestRecord
@@ -73,9 +74,7 @@ class LMDeployBackend(Backend):
 
     def probe(self) -> Sequence[PointStatus]:
         """Check each attach point against the installed LMDeploy."""
-        from ep_backends.lmdeploy.ledger import points
-
-        return [check_point(point) for point in points()]
+        return LEDGER.check()
 
     def select(
         self,
@@ -157,10 +156,9 @@ class LMDeploySession(Session):
         check_placement(device, dtype)
         from lmdeploy import PytorchEngineConfig, pipeline
 
-        from ep_backends.lmdeploy.ledger import IN_SESSIONS, check_points
         from ep_backends.lmdeploy.plugin import activate, is_active
 
-        check_points(IN_SESSIONS)
+        LEDGER.require(LEDGER.check("in_sessions"))
         self._settings = None
         if policy is not None:
             self._settings = LMDeploySettings.of(policy, config, details=True)

@@ -1,7 +1,7 @@
 """What differs from family to family in LMDeploy; needs no LMDeploy to be read.
 
-A family that is not here is tried where LMDeploy has its architecture: `ledger.check_decoder` looks
-at the decoder's layers and refuses by name what does not fit.
+A family that is not here is tried where LMDeploy has its architecture:
+`refusals.check_decoder` looks at the decoder's layers and refuses by name what does not fit.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ class LMDeployFamily:
 
     Attributes:
         architecture: the class that the checkpoint's config.json names.
-        decoders: LMDeploy's classes of the layers, as `module:Class` in `lmdeploy.pytorch.models`.
         moves_pictures: how LMDeploy's template rearranges a message, or "". Sessions of ours then
             render the prompt themselves and hand over token ids, as clients of `/generate` may.
         works: a phrase for tables.
     """
 
     architecture: str
-    decoders: tuple[str, ...]
     moves_pictures: str = ""
     works: str = "yes"
 
@@ -31,21 +29,15 @@ class LMDeployFamily:
 FAMILIES: Mapping[str, LMDeployFamily] = {
     "qwen2_vl": LMDeployFamily(
         "Qwen2VLForConditionalGeneration",
-        ("qwen2_vl:Qwen2DecoderLayer",),
         works="yes; LMDeploy's vision encoder takes GELU where the checkpoint asks for quick GELU",
     ),
-    "qwen2_5_vl": LMDeployFamily(
-        "Qwen2_5_VLForConditionalGeneration", ("qwen2_vl:Qwen2DecoderLayer",)
-    ),
+    "qwen2_5_vl": LMDeployFamily("Qwen2_5_VLForConditionalGeneration"),
     "llava": LMDeployFamily(
         "LlavaForConditionalGeneration",
-        ("llama:LlamaDecoderLayer", "qwen2:Qwen2DecoderLayer"),
         works="`-hf` layout, over Llama or Qwen2",
         moves_pictures="a message's pictures come first, then its first text; others are left out",
     ),
     "internvl": LMDeployFamily(
-        "InternVLForConditionalGeneration",
-        ("qwen2:Qwen2DecoderLayer",),
-        works="`-hf` layout, over Qwen2",
+        "InternVLForConditionalGeneration", works="`-hf` layout, over Qwen2"
     ),
 }

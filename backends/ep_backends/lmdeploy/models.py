@@ -17,8 +17,8 @@ from lmdeploy.pytorch.nn import Attention
 from torch import nn
 
 from ep_backends.lmdeploy.attached import attach_plan, plan_on
-from ep_backends.lmdeploy.ledger import check_decoder
 from ep_backends.lmdeploy.prefill import DROPPED, PAGES_BELOW, Pruner
+from ep_backends.lmdeploy.refusals import check_decoder
 from ep_backends.lmdeploy.settings import settings_in
 from ep_core.errors import UnsupportedError
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_backends.lmdeploy.attached import SETTINGS
+from ep_backends.lmdeploy.ledger import LEDGER
 from ep_backends.lmdeploy.settings import EnginePolicy, LMDeploySettings, settings_in
 from ep_backends.shared.refusals import refusing
 from ep_backends.shared.requests import FIELD
@@ -50,26 +51,13 @@ def is_active() -> bool:
 
 
 def _install() -> Patches:
-    from ep_backends.lmdeploy.ledger import HOOKED, at_start, check_points, warn_untested
-
-    check_points(at_start())
-    warn_untested()
-    from ep_backends.lmdeploy.requests import preprocess
-
+    LEDGER.require(LEDGER.check("wrapped", "used", "extended"))
+    LEDGER.warn_if_untested()
     patches = Patches()
     patches.add(_forget)
-    wrappers: dict[str, Callable[..., Any]] = {
-        "build_pytorch": build_pytorch,
-        "build_turbomind": build_turbomind,
-        "launch_servers": launch_servers,
-        "configure": configure,
-        "preprocess": preprocess,
-        "build_engine": build_engine,
-        "group_layers": group_layers,
-    }
     try:
-        for name, point in HOOKED.items():
-            _wrap(patches, point.target, wrappers[name])
+        for target, wrapper in LEDGER.wrappers():
+            _wrap(patches, target, wrapper)
     except BaseException:
         patches.undo()
         raise
@@ -154,7 +142,7 @@ def build_pytorch(
     from lmdeploy import PytorchEngineConfig
     from lmdeploy.pytorch.config import ModelConfig, override_hf_config
 
-    from ep_backends.lmdeploy.ledger import check_arguments, check_model
+    from ep_backends.lmdeploy.refusals import check_arguments, check_model
 
     with refusing():
         policy = policy_for(getattr(backend_config, "hf_overrides", None))
@@ -196,7 +184,7 @@ def build_turbomind(
 
 def launch_servers(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Around `launch_server`, which starts servers for `--dp` in processes of their own."""
-    from ep_backends.lmdeploy.ledger import check_arguments
+    from ep_backends.lmdeploy.refusals import check_arguments
 
     config = inspect.signature(original).bind(*args, **kwargs).arguments["backend_config"]
     with refusing():

@@ -30,7 +30,7 @@ from ep_core.backend import (
 )
 from ep_core.checkpoint import read_config
 from ep_core.errors import EntropyPruneError, UnsupportedError
-from ep_core.patching import PointStatus
+from ep_core.ledger import PointStatus
 from ep_core.plan import Reason, RequestPlan
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy, no_policy_in_environment

@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ep_backends.sglang.ledger import LAYER_INPUTS
 from ep_core.errors import UnsupportedError
 from ep_core.family import Config
 from ep_core.settings import Settings
-
-LAYER_INPUTS = ("positions", "hidden_states", "forward_batch")  # of a decoder layer, in this order
 
 
 @dataclass(frozen=True)

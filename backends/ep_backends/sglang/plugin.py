@@ -2,14 +2,13 @@
 
 With no policy set, hooks around steps of SGLang's argument resolution look for one and change
 nothing. With one, the launcher hands it to the processes that it starts; there `install` puts hooks
-around the functions that the ledger names, by SGLang's own registry.
+around the functions that `ledger.toml` says are wrapped, by SGLang's own registry.
 """
 
 from __future__ import annotations
 
-import logging
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -18,11 +17,9 @@ from ep_backends.sglang.arguments import RADIX_CACHE, STEPS, Orders, check_argum
 from ep_backends.sglang.requests import check_budget
 from ep_backends.shared.refusals import StartRefused, refusing
 from ep_backends.shared.requests import server_settings
-from ep_core.errors import UnsupportedError
 from ep_core.settings import Settings
 
 _ATTRIBUTE = "_entropyprune_settings"
-_log = logging.getLogger(__name__)
 
 
 def register() -> None:
@@ -46,44 +43,18 @@ def install() -> None:
         registered_radix_cache_backends,
     )
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-    from sglang.version import __version__
 
-    from ep_backends.sglang.ledger import HOOKED, TESTED, probe
+    from ep_backends.sglang.ledger import LEDGER, probe
 
     if RADIX_CACHE in registered_radix_cache_backends():
         return
-    failed = [status for status in probe() if status.state == "FAILED"]
-    if failed:
-        raise UnsupportedError(
-            f"this SGLang ({__version__}, tested is {TESTED}) does not fit: {failed[0].target}: "
-            f"{failed[0].detail}; run entropyprune doctor"
-        )
-    if __version__ != TESTED:
-        _log.warning("entropyprune was tested with SGLang %s, this is %s", TESTED, __version__)
+    LEDGER.require(probe())
+    LEDGER.warn_if_untested()
     from ep_backends.sglang.kv import build_radix_cache
 
     register_radix_cache_backend(RADIX_CACHE, build_radix_cache)
-    for name, hook in hooks().items():
-        target = HOOKED[name].target.replace(":", ".")
-        HookRegistry.register(target, hook, HookType.AROUND)
-
-
-def hooks() -> Mapping[str, Callable[..., Any]]:
-    """By their names in the ledger."""
-    from ep_backends.sglang.batch import make_batch, make_replay_view
-    from ep_backends.sglang.kv import free_kept_slots, reserve_kept
-    from ep_backends.sglang.requests import admit, report_once
-
-    return {
-        "derive_pools": derive_pools,
-        "build_attention": build_attention,
-        "make_batch": make_batch,
-        "make_replay_view": make_replay_view,
-        "free_kept": free_kept_slots,
-        "reserve": reserve_kept,
-        "admit": admit,
-        "report_once": report_once,
-    }
+    for target, hook in LEDGER.wrappers():
+        HookRegistry.register(target.replace(":", "."), hook, HookType.AROUND)
 
 
 def verify() -> None:
@@ -92,11 +63,11 @@ def verify() -> None:
     Raises:
         StartRefused: naming the first one.
     """
-    from ep_backends.sglang.ledger import HOOKED
+    from ep_backends.sglang.ledger import LEDGER
 
-    for name, hook in hooks().items():
-        if not _wraps(pkgutil.resolve_name(HOOKED[name].target), hook):
-            raise StartRefused(f"the hook on {HOOKED[name].target} did not take; see SGLang's log")
+    for target, hook in LEDGER.wrappers():
+        if not _wraps(pkgutil.resolve_name(target), hook):
+            raise StartRefused(f"the hook on {target} did not take; see SGLang's log")
 
 
 def _wraps(function: Any, hook: Callable[..., Any]) -> bool:

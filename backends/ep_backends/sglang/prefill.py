@@ -19,7 +19,7 @@ from torch import nn
 
 from ep_backends.sglang.attention import PrunedAttention
 from ep_backends.sglang.batch import ForwardPass, on_host, pass_of, prefill_of
-from ep_backends.sglang.families import LAYER_INPUTS
+from ep_backends.sglang.ledger import LAYER_INPUTS
 from ep_backends.sglang.requests import SGLangRequest
 from ep_core.compaction import HIDDEN, Pass, Ranks
 from ep_core.errors import UnsupportedError

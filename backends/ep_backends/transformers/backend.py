@@ -14,7 +14,7 @@ from torch import nn
 from ep_backends.shared.processor import encode, load_processor
 from ep_backends.transformers.batch import ForwardPass, PaddedPass, Row
 from ep_backends.transformers.layers import LayerHooks
-from ep_backends.transformers.ledger import POINTS
+from ep_backends.transformers.ledger import LEDGER
 from ep_backends.transformers.pruning import enable
 from ep_core.backend import (
     Answer,
@@ -29,7 +29,7 @@ from ep_core.backend import (
 from ep_core.checkpoint import read_config
 from ep_core.entropy import layer_entropy
 from ep_core.errors import EntropyPruneError, UnsupportedError
-from ep_core.patching import PointStatus, check_point
+from ep_core.ledger import PointStatus
 from ep_core.plan import Reason, RequestPlan
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
@@ -60,7 +60,7 @@ class TransformersBackend(Backend):
 
     def probe(self) -> Sequence[PointStatus]:
         """Check each attach point against the installed transformers."""
-        return [check_point(point) for point in POINTS]
+        return LEDGER.check()
 
     def select(
         self,

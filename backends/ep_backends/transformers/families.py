@@ -1,41 +1,21 @@
 """What differs from family to family in transformers; needs no transformers to be read.
 
-A family that is not here works wherever its decoder fits the hooks: `ledger.check_decoder` looks.
+A family that is not here works wherever its decoder fits the hooks: `refusals.check_decoder` looks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ep_core.family import Config
 
-
-@dataclass(frozen=True)
-class TransformersFamily:
-    """A family that was tested in transformers.
-
-    Attributes:
-        decoders: classes of its decoders' layers, as `module:Class` in `transformers.models`.
-        works: which of its checkpoints, for a table of models.
-    """
-
-    decoders: tuple[str, ...]
-    works: str
-
-
-LLAMA = "llama.modeling_llama:LlamaDecoderLayer"
-QWEN2 = "qwen2.modeling_qwen2:Qwen2DecoderLayer"
-QWEN3 = "qwen3.modeling_qwen3:Qwen3DecoderLayer"
-
-FAMILIES: Mapping[str, TransformersFamily] = {
-    "llava": TransformersFamily((LLAMA, QWEN3), "`-hf` layout, a CLIP tower over Llama or Qwen3"),
-    "qwen2_5_vl": TransformersFamily(
-        ("qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VLDecoderLayer",), "yes"
-    ),
-    "qwen2_vl": TransformersFamily(("qwen2_vl.modeling_qwen2_vl:Qwen2VLDecoderLayer",), "yes"),
-    "internvl": TransformersFamily((QWEN2, QWEN3), "`-hf` layout, over Qwen2 or Qwen3"),
+# which checkpoints of a family were tested, for a table of models
+FAMILIES: Mapping[str, str] = {
+    "llava": "`-hf` layout, a CLIP tower over Llama or Qwen3",
+    "qwen2_5_vl": "yes",
+    "qwen2_vl": "yes",
+    "internvl": "`-hf` layout, over Qwen2 or Qwen3",
 }
 
 

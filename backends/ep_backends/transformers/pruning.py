@@ -23,9 +23,8 @@ from ep_backends.transformers.batch import ForwardPass, PaddedPass, Row, plan_ro
 from ep_backends.transformers.cache import check_cache, slots_of
 from ep_backends.transformers.families import picture_grids
 from ep_backends.transformers.layers import Hook, LayerHooks
-from ep_backends.transformers.ledger import (
-    CONTINUOUS_BATCHING,
-    GENERATE,
+from ep_backends.transformers.ledger import GENERATE, LEDGER
+from ep_backends.transformers.refusals import (
     check_decoder,
     check_generation,
     check_inputs,
@@ -34,7 +33,6 @@ from ep_backends.transformers.ledger import (
     refuse_continuous_batching,
     replaced,
     uncompiled,
-    warn_of_untested_version,
 )
 from ep_core.errors import UnsupportedError
 from ep_core.patching import Patches
@@ -68,7 +66,7 @@ def enable(model: PreTrainedModel, policy: PruningPolicy | str) -> Pruning:
             f"{type(model).__name__} is no transformers model; of a wrapper such as PEFT's, "
             "enable what it wraps, as in enable(model.get_base_model(), policy)"
         )
-    warn_of_untested_version()
+    LEDGER.warn_if_untested()
     settings = Settings.of(policy, model.config.to_dict())
     settings.family.find(settings.config, ())  # refuses a checkpoint whose pictures it cannot find
     decoder = model.get_decoder()
@@ -157,7 +155,7 @@ class Pruning:
         if model.can_generate():
             make = functools.partial(self._checked, model)
             self._patches.replace(model, "generate", make, parameters=GENERATE)
-            for name in CONTINUOUS_BATCHING:
+            for name in ("generate_batch", "init_continuous_batching"):
                 self._patches.replace(model, name, refuse_continuous_batching)
 
     def _checked(self, model: Any, generate: Callable[..., Any]) -> Callable[..., Any]:

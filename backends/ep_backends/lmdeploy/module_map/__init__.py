@@ -2,7 +2,7 @@
 
 `ModelConfig.custom_module_map` is the path of this file. It holds names only, so that a worker
 makes a class when it builds that model. Which architectures are pruned is decided before
-(`ledger.check_model`). This file is alone in its folder because LMDeploy appends that folder to
+(`refusals.check_model`). This file is alone in its folder because LMDeploy appends that folder to
 `sys.path`.
 """
 
