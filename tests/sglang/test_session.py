@@ -1,6 +1,9 @@
 """A session with a policy prunes, or says why it does not: never silently."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -8,7 +11,6 @@ from ep_backends.sglang import backend
 from ep_core import demo
 from ep_core.backend import Request
 from ep_core.errors import EntropyPruneError, UnsupportedError
-from ep_core.ledger import PointStatus
 from ep_core.plugins import registry
 from ep_core.policy import PruningPolicy
 
@@ -28,12 +30,35 @@ def test_plugin_that_sglang_would_not_load_is_refused_before_anything_starts(mon
         open_session()
 
 
-def test_an_engine_that_runs_unpruned_is_refused_for_whatever_reason(monkeypatch):
-    """The scheduler itself must say that it prunes."""
-    monkeypatch.setattr(backend, "check_entry_point", lambda: PointStatus("", "ok", ""))
-    monkeypatch.setenv("SGLANG_PLUGINS", "another")
-    with pytest.raises(UnsupportedError, match="runs without pruning"):
-        open_session()
+PROGRAM = """
+from ep_backends.sglang import backend
+from ep_core import demo
+from ep_core.errors import UnsupportedError
+from ep_core.ledger import PointStatus
+from ep_core.policy import PruningPolicy
+
+if __name__ == "__main__":  # SGLang's processes read this file too
+    backend.check_entry_point = lambda: PointStatus("", "ok", "")
+    try:
+        backend.SGLangBackend().open(demo.MODEL, PruningPolicy.parse("layer=2,keep=0.25"))
+    except UnsupportedError as error:
+        print("refused:", error)
+"""
+
+
+def test_an_engine_that_runs_unpruned_is_refused_for_whatever_reason(tmp_path):
+    """The scheduler itself must say that it prunes. In a process that never loaded the plugin."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env=os.environ | {"SGLANG_PLUGINS": "another", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert "refused: the engine runs without pruning" in done.stdout, done.stderr[-3000:]
 
 
 def test_plugin_that_sglang_would_not_load_is_reported(monkeypatch):
